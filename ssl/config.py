@@ -1,0 +1,205 @@
+"""Every setting of the commands, as documented dataclasses. The text under a field is its `--help`.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are cropped."""
+
+    train: str | list[str]
+    """Shards to train on: a tar, a glob ('shards/train-*.tar'), braces ('train-{0000..0009}.tar') or a list of these."""
+    val: str | list[str] | None = None
+    """Shards to evaluate on, in the same forms."""
+    img_size: int | tuple[int, int] | None = None
+    """Image side, or height and width, in pixels after cropping. null: what the encoder is built for."""
+    in_chans: Literal[1, 3] = 3
+    """Channels decoded: 3 for color, 1 for grey."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a random crop covers, smallest and largest."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width / height of a random crop, smallest and largest."""
+    hflip: float = 0.5
+    """Probability of a left-right flip."""
+    auto_augment: str | None = None
+    """A policy of timm's, such as rand-m9-mstd0.5-inc1, applied after crop and flip. null: none (MAE pretrains so)."""
+    crop_pct: float = 0.875
+    """For evaluation: side of the center crop / shorter side of the resized image."""
+    samples_per_class: int | None = None
+    """Train on this many samples of each class only, drawn by the seed; null: on all."""
+    mean: tuple[float, ...] | None = None
+    """Channel means subtracted after scaling to [0, 1]; null: those the weights in --init expect, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations divided by; null: those the weights in --init expect, else ImageNet's."""
+    max_bad_share: float = 0.01
+    """Share of the samples read so far that may be unreadable before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Which timm model encodes the images."""
+
+    name: str | None = None
+    """A timm model name, such as vit_base_patch16_224. null: the one that --init names."""
+    img_size: int | tuple[int, int] | None = None
+    """Image side, or height and width, in pixels. null: data.img_size, or else timm's size for the name."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, num_heads: 6}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which units of an image are hidden from the encoder."""
+
+    strategy: Literal["random"] = "random"
+    """random: uniformly, without replacement, another draw for every image and epoch."""
+    ratio: float = 0.75
+    """Share of the units that is hidden, 0 <= ratio < 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The light network that predicts the hidden patches; thrown away after pretraining."""
+
+    name: Literal["transformer"] = "transformer"
+    """transformer: MAE's, over visible tokens and mask tokens."""
+    embed_dim: int = 512
+    """Width of the decoder's tokens, a multiple of 4."""
+    depth: int = 8
+    """Number of blocks."""
+    num_heads: int = 16
+    """Attention heads in a block."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP / embed_dim."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, and a cosine schedule with linear warm-up, both counted in steps."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for 256 images a step; the peak rate is base_lr * batch_size / 256."""
+    min_lr: float = 0.0
+    """Rate at the end of the cosine (not scaled by the batch size)."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of parameters with two or more dimensions."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the first and second moments."""
+    warmup_epochs: float | None = None
+    """Length of the linear warm-up in epochs; give this or warmup_steps."""
+    warmup_steps: int | None = None
+    """Length of the linear warm-up in steps; give this or warmup_epochs."""
+    clip_grad: float | None = None
+    """Largest norm of all gradients together; null: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What pretraining and fine-tuning share: the run, its length, its batches and its records."""
+
+    run_dir: str
+    """Folder of this run; the same command continues the run that is in it."""
+    seed: int = 0
+    """Decides the sample order, crops, masks and initial weights."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest state in run_dir, if there is one. never: refuse a run_dir that holds a run."""
+    precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Autocast type of the forward pass; weights and optimizer stay in float32. no: float32 everywhere."""
+    compile: bool = False
+    """torch.compile the model: worth its minutes on a GPU, not on a CPU."""
+    batch_size: int = 256
+    """Images in one optimizer step over all processes and accumulation steps."""
+    micro_batch_size: int | None = None
+    """Images in one forward pass of one process; null: batch_size / processes (no accumulation)."""
+    epochs: float | None = None
+    """Length of the run in passes over data.train; give this or steps."""
+    steps: int | None = None
+    """Length of the run in optimizer steps; give this or epochs."""
+    num_workers: int = 4
+    """Loader processes for each training process; 0 decodes in the training process itself."""
+    save_every_steps: int = 1000
+    """Steps between two saved states."""
+    keep_states: int = 2
+    """How many of the newest states stay on disk."""
+    log_every_steps: int = 20
+    """Steps between two log lines."""
+    record_samples: bool = False
+    """Write key, pixel hash and mask hash of every sample to samples-rankN.jsonl, to audit what a run has seen."""
+    data: DataConfig
+    """Which images, and how they are cropped."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Which timm model encodes the images."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StageConfig):
+    """Masked-autoencoder pretraining."""
+
+    init: str | None = None
+    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:. null: from scratch."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which units of an image are hidden from the encoder."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The light network that predicts the hidden patches."""
+    target: Literal["norm_pix", "pixels"] = "norm_pix"
+    """What is predicted: pixels normalized within each patch, or pixels."""
+    picture_every_steps: int = 1000
+    """Steps between two pictures of reconstructions; 0: only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """How images become shards."""
+
+    val_share: float | None = None
+    """Share of the images set aside as val shards. null: SOURCE's own train/ and val/ (or test/) folders, else none."""
+    labels: Literal["auto", "folders", "none"] = "auto"
+    """folders: the first folder below SOURCE is the class. none: unlabelled. auto: folders, where every image is in one."""
+    resize: int | None = None
+    """Shrink images whose shorter side is longer than this to this many pixels, stored as JPEG; null: files as they are."""
+    quality: int = 90
+    """JPEG quality of resized images, 1-100."""
+    shard_size_mb: float = 256
+    """A shard is closed when it reaches this many megabytes (10^6 bytes)."""
+    seed: int = 0
+    """Decides the shuffled order and the split."""
+    num_workers: int = 2
+    """Processes that read, check and resize images."""
+
+
+def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int, batch_size: int) -> int:
+    """Returns a length in steps, given in steps or in epochs (rounded up, so that no sample is short of an epoch).
+
+    Raises InputError unless exactly one of the two is given.
+    """
+    if (steps is None) == (epochs is None):
+        prefix = "" if what == "the run" else "optim.warmup_"
+        raise InputError(
+            f"the length of {what} is given by {prefix}steps or by {prefix}epochs: give exactly one "
+            f"(now {prefix}steps={steps}, {prefix}epochs={epochs})"
+        )
+    return steps if steps is not None else math.ceil(epochs * samples / batch_size)  # type: ignore[operator]
+
+
+def flat(config: object, prefix: str = "") -> dict[str, Any]:
+    """Returns {"optim.base_lr": 1e-4, ...}: a dataclass or nested dictionary with dotted keys."""
+    items = vars(config) if dataclasses.is_dataclass(config) else config
+    out: dict[str, Any] = {}
+    for key, value in items.items():  # type: ignore[union-attr]
+        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

@@ -1,0 +1,14 @@
+"""Mistakes that a user can mend: raised anywhere, printed as one sentence by `command.run_command`."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message names the thing, the value and the way out."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str:
+    """Returns " Did you mean X?" with at most `most` near known names, or "" when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    return f". Did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,102 @@
+"""Weights that leave a run: timm's keys in safetensors, with what is needed to build the model again."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from .files import replace_file, replace_folder
+from .runs import environment
+
+ENCODER_FILE = "encoder.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `timm.create_model` needs to build a model again, and how its images were normalized."""
+
+    name: str  # timm's
+    args: dict[str, Any]  # of timm.create_model, img_size and in_chans among them
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def export_weights(path: Path, model: nn.Module, spec: ModelSpec, facts: dict[str, Any]) -> None:
+    """Writes the state dict of a timm model with its `spec` and `facts` as metadata, replacing `path` whole."""
+    metadata = {
+        "format": "pt",
+        "architecture": spec.name,
+        "timm_args": json.dumps(spec.args),
+        "mean": json.dumps(spec.mean),
+        "std": json.dumps(spec.std),
+        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()},
+    }
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    replace_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def export_hub(path: Path, model: nn.Module, spec: ModelSpec, *, title: str, facts: dict[str, Any]) -> None:
+    """Writes a folder that `timm.create_model("local-dir:PATH", pretrained=True)` and the Hugging Face Hub read."""
+    pretrained_cfg = {
+        "tag": "quarterlight",  # timm would otherwise copy tag and license of the weights it knows under this name
+        "license": "other",
+        "custom_load": False,
+        "input_size": [spec.args.get("in_chans", 3), *pair(model.patch_embed.img_size)],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": "bicubic",
+        "num_classes": model.num_classes,
+    }
+
+    def fill(partial: Path) -> None:
+        args = {key: value for key, value in spec.args.items() if key != "num_classes"}
+        save_for_hf(
+            model, partial, model_config={"pretrained_cfg": pretrained_cfg}, model_args=args, safe_serialization=True
+        )
+        (partial / "README.md").write_text(_model_card(title, spec, facts))
+
+    replace_folder(path, fill)
+
+
+def _model_card(title: str, spec: ModelSpec, facts: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction, timm, masked-autoencoder]
+---
+# {title}
+
+`{spec.name}` with {json.dumps(spec.args)}; images normalized with mean {list(spec.mean)} and std {list(spec.std)}.
+
+```python
+import timm
+model = timm.create_model("local-dir:.", pretrained=True)  # or hf-hub:OWNER/NAME
+```
+
+| fact | value |
+|---|---|
+{rows}
+"""
+
+
+def run_facts(run: str, progress: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Returns what a released file says of its making."""
+    here = environment()
+    return {
+        "made_by": f"quarterlight {here['packages']['quarterlight']}",
+        "stage": run,
+        "step": progress["step"],
+        "samples_seen": progress["samples_seen"],
+        "seed": seed,
+        "git_commit": here["git_commit"] or "unknown",
+        "timm": here["packages"]["timm"],
+    }
+
+
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Returns (height, width) of a size given as a side or as a pair."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,0 +1,59 @@
+"""Files that are complete or absent: written beside, synced, and renamed into place."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(partial)` on a name beside `path` and renames the result; a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Calls `fill(partial)` on a new folder beside `path` and renames it into place; an older `path` goes last."""
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text`."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""The records of a run: a line on the terminal, a line in metrics.jsonl, and TensorBoard."""
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from .files import write_text
+
+
+class RunLog:
+    """Writes the records of one run; silent on every process but the main one.
+
+    On resuming, what an earlier process recorded after `first_step` is dropped, in metrics.jsonl and in TensorBoard, since
+    those steps are done again.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool) -> None:
+        self.enabled = enabled
+        self.total_steps = total_steps
+        self.metrics_path = run_dir / "metrics.jsonl"
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # seconds of imports, paid by one process
+
+        if self.metrics_path.exists():
+            lines = self.metrics_path.read_text().splitlines(keepends=True)
+            write_text(self.metrics_path, "".join(line for line in lines if _step_of(line) <= first_step))
+        self.writer = SummaryWriter(run_dir, purge_step=first_step + 1)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the progress bar where there is one."""
+        if self.enabled:
+            self.bar.write(text)
+            sys.stdout.flush()
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self.enabled:
+            self.bar.update()
+
+    def metrics(self, step: int, values: dict[str, float], *, eta_s: float | None = None) -> None:
+        """Records the values of `step` steps done: one line each in the terminal and in metrics.jsonl, and curves."""
+        if not self.enabled:
+            return
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        words = [f"step {step}/{self.total_steps}", *(f"{name} {_short(name, v)}" for name, v in values.items())]
+        if eta_s is not None:
+            words.append(f"eta {timedelta(seconds=round(eta_s))}")
+        self.say("  ".join(words))
+
+    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Records a picture in TensorBoard."""
+        if self.enabled:
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Ends the progress bar and writes out what TensorBoard still holds."""
+        if self.enabled:
+            self.bar.close()
+            self.writer.close()
+
+
+def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    """Appends one JSON object a line, in one write, so that processes may share the file."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return sys.maxsize
+
+
+def _short(name: str, value: float) -> str:
+    if name == "lr":
+        return f"{value:.2e}"
+    if name.endswith(("_s", "_pct")) or name == "images_per_s":
+        return f"{value:.0f}"
+    return f"{value:.4g}"

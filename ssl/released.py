@@ -1,0 +1,192 @@
+"""Weights that come in: a run, a file, timm or the Hub, and a report of what matched."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from .config import DataConfig, EncoderConfig
+from .encoders import Encoder, build_encoder
+from .errors import InputError
+from .export import ENCODER_FILE, ModelSpec, pair
+
+# A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
+HEAD = ("head.", "fc_norm.")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under timm's keys, and what is known of the model they belong to."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    spec: ModelSpec | None  # None: a file that does not say
+
+
+def read_weights(init: str) -> Weights:
+    """Returns the weights that `init` names: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:.
+
+    Decoder weights and classification heads are left out. Raises InputError when there is nothing of that name or it
+    cannot be read.
+    """
+    path = Path(init).expanduser()
+    if path.is_dir():
+        if (path / ENCODER_FILE).is_file():
+            return _read_safetensors(path / ENCODER_FILE)
+        if (path / "config.json").is_file():
+            return _read_timm(f"local-dir:{path}")
+        raise InputError(
+            f"init {init}: the folder has no {ENCODER_FILE}; a run writes it when it saves its first state"
+        )
+    if path.is_file():
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    if init.startswith(("hf-hub:", "local-dir:")) or timm.is_model(init.split(".")[0]):
+        return _read_timm(init)
+    raise InputError(f"init {init}: no such file or folder, and timm has no model of that name")
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
+            metadata = file.metadata() or {}
+        spec = None
+        if "architecture" in metadata:
+            mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
+            spec = ModelSpec(metadata["architecture"], json.loads(metadata["timm_args"]), mean, std)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"init {path}: not a readable safetensors file ({error})") from error
+    return Weights(str(path), _encoder_tensors(tensors), spec)
+
+
+def _read_pickled(path: Path) -> Weights:
+    """Reads tensors only: `weights_only` refuses code; argparse.Namespace, which MAE's files carry, is plain data."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for what is not its own format
+        raise InputError(f"init {path}: not a readable weights file ({str(error).splitlines()[0]})") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = (
+        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    )
+    if not tensors:
+        raise InputError(f"init {path}: holds no tensors by name")
+    return Weights(str(path), _encoder_tensors(tensors), None)
+
+
+def _read_timm(name: str) -> Weights:
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the Hub, the network and timm raise many kinds
+        raise InputError(
+            f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
+        ) from error
+    cfg = model.pretrained_cfg
+    args = {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
+    args |= cfg.get("model_args") or {}
+    spec = ModelSpec(cfg.get("architecture") or name, args, tuple(cfg["mean"]), tuple(cfg["std"]))
+    return Weights(name, _encoder_tensors(model.state_dict()), spec)
+
+
+def _encoder_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the encoder's part; a full MAE file also holds the decoder, which timm would take for DINOv2's."""
+    dropped = ("decoder", "mask_token", *HEAD)
+    return {name: x for name, x in tensors.items() if not name.startswith(dropped)}
+
+
+def encoder_spec(config: EncoderConfig, data: DataConfig, weights: Weights | None) -> ModelSpec:
+    """Returns the encoder to build: what the config says, and for what it leaves open, what the weights say.
+
+    Raises InputError when neither names a model, and when two options give different image sizes.
+    """
+    known = weights.spec if weights is not None else None
+    name = config.name or (known.name if known else None)
+    if name is None:
+        said = f"{weights.source} does not say which model it is: " if weights is not None else ""
+        raise InputError(f"{said}give encoder.name, a timm model such as vit_base_patch16_224")
+    sizes = {pair(size) for size in (config.img_size, data.img_size) if size is not None}
+    if len(sizes) > 1:
+        raise InputError(
+            f"encoder.img_size is {config.img_size} and data.img_size is {data.img_size}: give one of them"
+        )
+    args = {**(known.args if known and known.name == name else {}), **config.args}
+    if sizes:
+        args["img_size"] = list(sizes.pop())
+    if args.setdefault("in_chans", data.in_chans) != data.in_chans:
+        raise InputError(f"the encoder takes {args['in_chans']} channels and data.in_chans is {data.in_chans}")
+    mean = data.mean or (known.mean if known else IMAGENET_DEFAULT_MEAN)
+    std = data.std or (known.std if known else IMAGENET_DEFAULT_STD)
+    return ModelSpec(name, args, _per_channel(mean, data.in_chans), _per_channel(std, data.in_chans))
+
+
+def load_encoder(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str]:
+    """Returns the encoder with these weights, or with MAE's initial ones, and a sentence on what was loaded.
+
+    Raises InputError when a tensor of the encoder is missing or has another shape.
+    """
+    encoder = build_encoder(spec.name, **spec.args)
+    if weights is None:
+        encoder.init_weights()
+        return encoder, f"encoder {spec.name}: initial weights"
+    return encoder, load_weights(encoder.timm, weights)
+
+
+def load_weights(model: nn.Module, weights: Weights) -> str:
+    """Loads an encoder's weights into a timm model, resizing positions to its grid. Returns a sentence on what matched.
+
+    A classifier's own layers (`head`, `fc_norm`) keep their values; a final norm that moved behind the pooling (`norm`)
+    is left out, as MAE does. Raises InputError when anything else is missing or has another shape.
+    """
+    wanted = {name: x for name, x in model.state_dict().items() if not name.startswith(HEAD)}
+    given = dict(weights.tensors)
+    note = ""
+    if "pos_embed" in given and "pos_embed" in wanted and given["pos_embed"].shape[1] != wanted["pos_embed"].shape[1]:
+        old = _old_grid(weights, model)
+        new, prefix = model.patch_embed.grid_size, 0 if model.no_embed_class else model.num_prefix_tokens
+        given["pos_embed"] = resample_abs_pos_embed(given["pos_embed"], list(new), old, num_prefix_tokens=prefix)
+        note = f"; positions resized to {new[0]} x {new[1]} patches"
+    matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
+    unused = sorted(name for name in given.keys() - wanted.keys())
+    if len(matched) < len(wanted):
+        missing = [
+            f"{name} {'is missing' if name not in given else f'is {list(given[name].shape)}, not {list(x.shape)}'}"
+            for name, x in wanted.items()
+            if name not in matched
+        ]
+        raise InputError(
+            f"init {weights.source}: {len(missing)} of the encoder's {len(wanted)} tensors did not load "
+            f"({'; '.join(missing[:3])}{'; ...' if len(missing) > 3 else ''}): these weights are of another model; "
+            "give the encoder.name and encoder.args they were made with"
+        )
+    model.load_state_dict(matched, strict=False)
+    note += f"; not used: {', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}" if unused else ""
+    return f"{weights.source}: {len(matched)} of {len(wanted)} encoder tensors loaded{note}"
+
+
+def _old_grid(weights: Weights, model: nn.Module) -> list[int] | None:
+    """Returns the grid that the weights' positions were made for; None lets timm assume a square one."""
+    if weights.spec is None or weights.spec.args.get("img_size") is None:
+        return None
+    patch = weights.tensors["patch_embed.proj.weight"].shape[-2:]
+    return [side // p for side, p in zip(pair(weights.spec.args["img_size"]), patch, strict=True)]
+
+
+def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    """Returns one value a channel; a single value serves all, and grey images take the mean of three."""
+    if len(values) == in_chans:
+        return tuple(values)
+    if len(values) == 1:
+        return tuple(values) * in_chans
+    if in_chans == 1:
+        return (sum(values) / len(values),)
+    raise InputError(f"data.mean and data.std have {len(values)} values for {in_chans} channels: give 1 or {in_chans}")

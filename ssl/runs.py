@@ -1,0 +1,90 @@
+"""Opening a run folder: a new one, the same run again, or a refusal that says what differs."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .config import StageConfig, flat
+from .errors import InputError
+from .files import write_json, write_text
+
+# Options that may change between two starts of one run: they do not change what it computes.
+NEUTRAL = {
+    "run_dir", "resume", "compile", "micro_batch_size", "num_workers", "save_every_steps", "keep_states",
+    "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
+    "data.max_bad_share",
+}  # fmt: skip
+
+
+def open_run(config: StageConfig) -> Path:
+    """Returns the run folder, made or found to hold this very run.
+
+    Raises InputError when the folder holds something else, holds a run whose configuration would give other results
+    (the message lists the differences), or holds any run and `resume` is "never".
+    """
+    run_dir = Path(config.run_dir)
+    saved = run_dir / "config.yaml"
+    if saved.exists():
+        if config.resume == "never":
+            raise InputError(
+                f"run_dir {run_dir} holds a run and resume is never: choose another run_dir or --resume auto"
+            )
+        if differences := _differences(yaml.safe_load(saved.read_text()), plain(config)):
+            raise InputError(
+                f"run_dir {run_dir} holds a run with another configuration ({'; '.join(differences)}): "
+                "give the same options to continue it, or another run_dir"
+            )
+    elif run_dir.exists() and any(path for path in run_dir.iterdir() if not path.name.startswith(".")):
+        raise InputError(f"run_dir {run_dir} is not empty and holds no run: choose another one")
+    return run_dir
+
+
+def write_run_files(run_dir: Path, config: StageConfig, **facts: Any) -> None:
+    """Writes config.yaml, from which the run can be started again, and environment.json."""
+    write_text(run_dir / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+    write_json(run_dir / "environment.json", environment() | facts)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Returns a config as nested dictionaries and lists, as YAML gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, git commit and device, for a reader who asks later how a figure came about."""
+    packages = ("quarterlight", "torch", "torchvision", "timm", "accelerate", "numpy", "simplejpeg", "pillow")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "git_commit": git_commit(),
+        "device": device,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the source tree, with "-dirty" when it has changes; None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        if "site-packages" in here.parts:
+            return None
+        return run("rev-parse", "--short=12", "HEAD") + ("-dirty" if run("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, now = flat(old), flat(new)
+    changed = [key for key in before.keys() & now.keys() if before[key] != now[key] and key not in NEUTRAL]
+    return [f"{key} was {before[key]}, is {now[key]}" for key in sorted(changed)]
