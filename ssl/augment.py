@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from torch import Tensor, nn
+
+from .config import DataConfig
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 CROP_TRIES = 10
 
 
-def resize_crop(pixels: UInt8[np.ndarray, "H W C"], box: Box, size: tuple[int, int]) -> UInt8[torch.Tensor, "h w C"]:
+def resize_crop(pixels: UInt8[np.ndarray, "H W C"], box: Box, size: tuple[int, int]) -> UInt8[Tensor, "h w C"]:
     """Returns the part of the image in `box`, resized to `size` (height, width) by antialiased bicubic interpolation.
 
     Stays in uint8: four times as fast as PIL's and within rounding of it (torch's kernel on the same filter).
@@ -66,9 +69,7 @@ class RandomCrop:
 
     num_draws = 2 * CROP_TRIES + 4
 
-    def __call__(
-        self, pixels: UInt8[np.ndarray, "H W C"], u: Float[np.ndarray, " draws"]
-    ) -> UInt8[torch.Tensor, "h w C"]:
+    def __call__(self, pixels: UInt8[np.ndarray, "H W C"], u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
         """Returns the augmented image; `u` holds `num_draws` uniforms."""
         height, width, _ = pixels.shape
         box = random_crop_box(height, width, u[2:], self.scale, self.ratio)
@@ -93,6 +94,11 @@ class RandomCrop:
         return rand_augment_transform(self.auto_augment, hparams)
 
 
+def random_crop(data: DataConfig, size: tuple[int, int]) -> RandomCrop:
+    """Returns the training augmentation that `data` asks for, to `size` (height, width) in pixels."""
+    return RandomCrop(size, data.crop_scale, data.crop_ratio, data.hflip, data.auto_augment)
+
+
 @dataclass(frozen=True)
 class CenterCrop:
     """The evaluation crop: resize so that the image covers size / crop_pct, then cut out the center."""
@@ -102,9 +108,7 @@ class CenterCrop:
 
     num_draws = 0
 
-    def __call__(
-        self, pixels: UInt8[np.ndarray, "H W C"], u: Float[np.ndarray, " draws"]
-    ) -> UInt8[torch.Tensor, "h w C"]:
+    def __call__(self, pixels: UInt8[np.ndarray, "H W C"], u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
         """Returns the same as torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), for a square size."""
         del u
         height, width, _ = pixels.shape
@@ -117,3 +121,16 @@ class CenterCrop:
         image = resize_crop(pixels, (0, 0, height, width), covering)
         top, left = round((covering[0] - th) / 2), round((covering[1] - tw) / 2)
         return image[top : top + th, left : left + tw]
+
+
+class Normalize(nn.Module):
+    """uint8 pixels to normalized floats, on the device: a quarter of the bytes travel there."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, images: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B C H W"]:
+        """Returns (images / 255 - mean) / std, channels first, contiguous."""
+        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()

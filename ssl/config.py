@@ -104,17 +104,29 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """What pretraining and fine-tuning share: the run, its length, its batches and its records."""
+class RunConfig:
+    """What every stage has: a folder, images and an encoder."""
 
     run_dir: str
     """Folder of this run; the same command continues the run that is in it."""
     seed: int = 0
     """Decides the sample order, crops, masks and initial weights."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest state in run_dir, if there is one. never: refuse a run_dir that holds a run."""
+    """auto: continue what is in run_dir, if anything. never: refuse a run_dir that holds a run."""
     precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Autocast type of the forward pass; weights and optimizer stay in float32. no: float32 everywhere."""
+    num_workers: int = 4
+    """Loader processes for each training process; 0 decodes in the training process itself."""
+    data: DataConfig
+    """Which images, and how they are cropped."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Which timm model encodes the images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(RunConfig):
+    """What pretraining and fine-tuning share: a length, batches and records."""
+
     compile: bool = False
     """torch.compile the model: worth its minutes on a GPU, not on a CPU."""
     batch_size: int = 256
@@ -125,8 +137,6 @@ class StageConfig:
     """Length of the run in passes over data.train; give this or steps."""
     steps: int | None = None
     """Length of the run in optimizer steps; give this or epochs."""
-    num_workers: int = 4
-    """Loader processes for each training process; 0 decodes in the training process itself."""
     save_every_steps: int = 1000
     """Steps between two saved states."""
     keep_states: int = 2
@@ -135,10 +145,6 @@ class StageConfig:
     """Steps between two log lines."""
     record_samples: bool = False
     """Write key, pixel hash and mask hash of every sample to samples-rankN.jsonl, to audit what a run has seen."""
-    data: DataConfig
-    """Which images, and how they are cropped."""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """Which timm model encodes the images."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW and its schedule."""
 

@@ -10,8 +10,8 @@ import os
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Hooks:
     export: Callable[[dict[str, Any]], None]  # main process, with the progress: writes the released weights
 
 
-def build_accelerator(config: StageConfig) -> Accelerator:
+def build_accelerator(precision: str) -> Accelerator:
     """Returns accelerate's view of this process: device, autocast, DDP. One process a CPU or GPU, however launched.
 
     Raises InputError for fp16 without a GPU.
@@ -53,10 +53,10 @@ def build_accelerator(config: StageConfig) -> Accelerator:
         "true",
         "yes",
     )
-    if cpu and config.precision == "fp16":
+    if cpu and precision == "fp16":
         raise InputError("precision fp16 needs a GPU: use bf16 or no")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[ddp])
+    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[ddp])
 
 
 def micro_batch_size(batch_size: int, micro: int | None, world_size: int) -> int:

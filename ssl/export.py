@@ -39,7 +39,9 @@ def export_weights(path: Path, model: nn.Module, spec: ModelSpec, facts: dict[st
     replace_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
-def export_hub(path: Path, model: nn.Module, spec: ModelSpec, *, title: str, facts: dict[str, Any]) -> None:
+def export_hub(
+    path: Path, model: nn.Module, spec: ModelSpec, *, title: str, facts: dict[str, Any], labels: list[str] | None = None
+) -> None:
     """Writes a folder that `timm.create_model("local-dir:PATH", pretrained=True)` and the Hugging Face Hub read."""
     pretrained_cfg = {
         "tag": "quarterlight",  # timm would otherwise copy tag and license of the weights it knows under this name
@@ -52,11 +54,13 @@ def export_hub(path: Path, model: nn.Module, spec: ModelSpec, *, title: str, fac
         "num_classes": model.num_classes,
     }
 
+    config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
+    if labels is not None and len(labels) == model.num_classes:
+        config["label_names"] = labels
+
     def fill(partial: Path) -> None:
         args = {key: value for key, value in spec.args.items() if key != "num_classes"}
-        save_for_hf(
-            model, partial, model_config={"pretrained_cfg": pretrained_cfg}, model_args=args, safe_serialization=True
-        )
+        save_for_hf(model, partial, model_config=config, model_args=args, safe_serialization=True)
         (partial / "README.md").write_text(_model_card(title, spec, facts))
 
     replace_folder(path, fill)

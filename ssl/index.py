@@ -25,6 +25,7 @@ from .files import replace_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 INDEX_NAME = "index.npz"
+DATASET_FILE = "dataset.json"
 UNLABELLED = -1
 
 
@@ -117,6 +118,12 @@ def _check_end(path: Path, end: int) -> None:
         raise InputError(f"{path}: the tar {at}; write it again or leave it out")
 
 
+def class_names(paths: Sequence[Path]) -> list[str] | None:
+    """Returns the class names in label order that `launch/shards.py` left beside the first of these shards, if any."""
+    file = paths[0].parent / DATASET_FILE
+    return json.loads(file.read_text()).get("classes") if file.is_file() else None
+
+
 class ShardIndex:
     """All samples of some shards under one numbering: shard after shard, in file order.
 
@@ -150,10 +157,6 @@ class ShardIndex:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         return os.pread(self._files[shard], int(self.size[sample]), int(self.offset[sample]))
-
-    def num_classes(self) -> int:
-        """Returns 1 + the largest label, or 0 when no sample has one."""
-        return int(self.label.max()) + 1
 
     def fingerprint(self) -> str:
         """Returns a hash of what the samples are and in which order; the same wherever the shards lie."""

@@ -125,8 +125,10 @@ class Samples(Dataset):
         return np.zeros(size, np.uint8), sample
 
 
-def build_loader(samples: Samples, spans: Sampler[tuple[int, int]], *, num_workers: int) -> DataLoader:
-    """Returns a DataLoader of Batches, in order for any number of workers.
+def build_loader(
+    samples: Samples, spans: Sampler[tuple[int, int]], *, num_workers: int, persistent: bool = False
+) -> DataLoader:
+    """Returns a DataLoader of Batches, in order for any number of workers; `persistent` ones wait for another pass.
 
     Workers are forked where no GPU is in use (0.2 s; 4 s otherwise), since a fork after CUDA has started deadlocks.
     """
@@ -137,6 +139,7 @@ def build_loader(samples: Samples, spans: Sampler[tuple[int, int]], *, num_worke
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=cuda,
+        persistent_workers=persistent and num_workers > 0,
         multiprocessing_context=("forkserver" if cuda else "fork") if num_workers else None,
     )
 
@@ -145,11 +148,19 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def refuse_bad(batch: Batch) -> None:
-    """Raises InputError when a sample of an evaluation batch could not be read: a figure must count every image."""
-    if batch.bad:
-        sample = batch.bad[0]
+def refuse_bad(bad: list[BadSample]) -> None:
+    """Raises InputError when samples to evaluate on could not be read: a figure must count every image."""
+    if bad:
         raise InputError(
-            f"{sample.shard}: sample {sample.key} cannot be read ({sample.reason}), and an evaluation must count every "
+            f"{bad[0].shard}: sample {bad[0].key} cannot be read ({bad[0].reason}), and an evaluation must count every "
             "image: write the shards anew without it"
+        )
+
+
+def refuse_unlabelled(labels: Int[np.ndarray, " n"], where: str) -> None:
+    """Raises InputError when a sample has no label."""
+    if missing := int((labels < 0).sum()):
+        raise InputError(
+            f"{where}: {missing} of {len(labels)} samples have no label (no .cls or .json in the shard); "
+            "write the shards from class folders"
         )

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from .augment import CenterCrop, RandomCrop
-from .config import DataConfig, PretrainConfig, steps_in
+from .augment import CenterCrop, Normalize, random_crop
+from .config import PretrainConfig, steps_in
 from .engine import Figures, Hooks, build_accelerator, train
 from .export import ENCODER_FILE, export_hub, export_weights, run_facts
 from .files import write_json
@@ -26,19 +26,6 @@ from .released import encoder_spec, load_encoder, read_weights
 from .runs import open_run, write_run_files
 
 PICTURE_IMAGES = 16
-
-
-class Normalize(nn.Module):
-    """uint8 pixels to normalized floats, on the device: a quarter of the bytes travel there."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
-
-    def forward(self, images: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B C H W"]:
-        """Returns (images / 255 - mean) / std, channels first, contiguous."""
-        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
 
 
 class PretrainTask(nn.Module):
@@ -57,7 +44,7 @@ class PretrainTask(nn.Module):
 
 def pretrain(config: PretrainConfig) -> Figures:
     """Runs pretraining to its end and leaves weights, hub folder, picture and figures in the run folder."""
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config.precision)
     run_dir = open_run(config)
     with accelerator.local_main_process_first():  # the first process writes the index, the others read it
         index = open_index(config.data.train)
@@ -100,11 +87,6 @@ def pretrain(config: PretrainConfig) -> Figures:
         write_json(run_dir / "result.json", {"command": "pretrain", "finished": True, "steps": total_steps, **figures})
         print(f"done: {run_dir / ENCODER_FILE}", flush=True)
     return figures
-
-
-def random_crop(data: DataConfig, size: tuple[int, int]) -> RandomCrop:
-    """Returns the training augmentation that `data` asks for, to `size` (height, width) in pixels."""
-    return RandomCrop(size, data.crop_scale, data.crop_ratio, data.hflip, data.auto_augment)
 
 
 class Painter:

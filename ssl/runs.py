@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from .config import StageConfig, flat
+from .config import RunConfig, flat
 from .errors import InputError
 from .files import write_json, write_text
 
@@ -23,7 +23,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def open_run(config: StageConfig) -> Path:
+def open_run(config: RunConfig) -> Path:
     """Returns the run folder, made or found to hold this very run.
 
     Raises InputError when the folder holds something else, holds a run whose configuration would give other results
@@ -46,7 +46,7 @@ def open_run(config: StageConfig) -> Path:
     return run_dir
 
 
-def write_run_files(run_dir: Path, config: StageConfig, **facts: Any) -> None:
+def write_run_files(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     """Writes config.yaml, from which the run can be started again, and environment.json."""
     write_text(run_dir / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     write_json(run_dir / "environment.json", environment() | facts)
@@ -73,12 +73,12 @@ def environment() -> dict[str, Any]:
 def git_commit() -> str | None:
     """Returns the commit of the source tree, with "-dirty" when it has changes; None for an installed package."""
     here = Path(__file__).parent
+    if "site-packages" in here.parts:
+        return None
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
-        if "site-packages" in here.parts:
-            return None
         return run("rev-parse", "--short=12", "HEAD") + ("-dirty" if run("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None

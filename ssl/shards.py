@@ -27,10 +27,11 @@ from .config import ShardsConfig
 from .decode import UnreadableImage, decode_image
 from .errors import InputError
 from .files import replace_file, write_json, write_text
+from .index import DATASET_FILE
 from .randoms import hashes
 from .sources import Source, SourceImage, read_source
 
-DATASET_FILE, LEFT_OUT_FILE, JOURNAL_FILE = "dataset.json", "left_out.jsonl", ".shards-in-progress.json"
+LEFT_OUT_FILE, JOURNAL_FILE = "left_out.jsonl", ".shards-in-progress.json"
 MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
 

@@ -1,0 +1,152 @@
+"""The fine-tuning stage: a classifier on top of an encoder, trained by the same loop as pretraining."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
+from quarterlight.ssl.config import steps_in
+from quarterlight.ssl.engine import Figures, Hooks, build_accelerator, micro_batch_size, train
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.export import export_hub, export_weights, pair, run_facts
+from quarterlight.ssl.files import write_json
+from quarterlight.ssl.index import ShardIndex, class_names, open_index
+from quarterlight.ssl.loader import Batch, EvalSpans, Samples, build_loader, refuse_unlabelled
+from quarterlight.ssl.log import RunLog
+from quarterlight.ssl.optim import build_adamw, build_schedule
+from quarterlight.ssl.order import FileOrder, ShuffledOrder, labelled_subset
+from quarterlight.ssl.released import encoder_spec, read_weights
+from quarterlight.ssl.runs import open_run, write_run_files
+
+from .config import FinetuneConfig
+from .evaluate import evaluate
+from .heads import build_classifier
+from .mixing import MixedLoss
+
+CLASSIFIER_FILE, BEST_FILE = "classifier.safetensors", "classifier_best.safetensors"
+
+
+class ClassifierTask(nn.Module):
+    """What the engine trains: normalization, mixing, the classifier and its loss."""
+
+    def __init__(self, classifier: nn.Module, normalize: Normalize, mixed_loss: MixedLoss) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.normalize = normalize
+        self.mixed_loss = mixed_loss
+
+    def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Returns the training loss of a batch."""
+        return self.mixed_loss(self.classifier, self.normalize(batch.images), batch.labels), {}
+
+
+def finetune(config: FinetuneConfig) -> Figures:
+    """Runs fine-tuning to its end and leaves the last and the best classifier and the figures in the run folder."""
+    accelerator = build_accelerator(config.precision)
+    run_dir = open_run(config)
+    if config.data.val is None:
+        raise InputError("data.val is not given: a classifier is evaluated on shards of its own")
+    with accelerator.local_main_process_first():  # the first process writes the index, the others read it
+        index, val_index = open_index(config.data.train), open_index(config.data.val)
+    num_classes = classes_of(index, val_index, config.num_classes)
+    weights = read_weights(config.init) if config.init is not None else None
+    spec = encoder_spec(config.encoder, config.data, weights)
+    torch.manual_seed(config.seed)
+    classifier, spec, report = build_classifier(
+        spec,
+        None if config.untrained else weights,
+        num_classes=num_classes,
+        pool=config.pool,
+        drop_path=config.drop_path,
+    )
+    micro = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+    normalize = Normalize(spec.mean, spec.std)
+    task = ClassifierTask(classifier, normalize, MixedLoss(config.mixing, num_classes=num_classes, batch_size=micro))
+    size = pair(classifier.patch_embed.img_size)
+    ids = labelled_subset(index.label, config.data.samples_per_class, config.seed)
+    samples = Samples(
+        index, ShuffledOrder(ids, config.seed), random_crop(config.data, size), config.seed, config.data.in_chans
+    )
+    total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
+    schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
+    groups = param_groups_layer_decay(
+        classifier,
+        config.optim.weight_decay,
+        no_weight_decay_list=classifier.no_weight_decay(),  # positions and class token, as in MAE's fine-tuning
+        layer_decay=config.optim.layer_decay,
+    )
+    optimizer = build_adamw(groups, config.optim)
+    crop = CenterCrop(size, config.data.crop_pct)
+    val = Samples(
+        val_index, FileOrder(labelled_subset(val_index.label, None, 0)), crop, config.seed, config.data.in_chans
+    )
+    spans = EvalSpans(
+        len(val_index), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
+    val_loader = build_loader(val, spans, num_workers=config.num_workers, persistent=True)
+    labels = class_names(val_index.paths + index.paths)
+
+    def measure(step: int, log: RunLog) -> Figures:
+        found = evaluate(nn.Sequential(normalize, classifier), val_loader, accelerator)
+        figures = {f"val_{name}": value for name, value in found.items()}
+        log.metrics(step, figures)
+        if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
+            facts = run_facts("fine-tuning", {"step": step, "samples_seen": step * config.batch_size}, config.seed)
+            export_weights(run_dir / BEST_FILE, classifier, spec, facts | figures)
+        return figures
+
+    def export(progress: dict[str, Any]) -> None:
+        facts = run_facts("fine-tuning", progress, config.seed) | progress["figures"]
+        export_weights(run_dir / CLASSIFIER_FILE, classifier, spec, facts)
+        if progress["step"] == total_steps:
+            export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=labels)
+
+    every = -(-len(ids) // config.batch_size) if config.evaluate_every_steps is None else config.evaluate_every_steps
+    if accelerator.is_main_process:
+        write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
+        print(
+            f"{report}\n{len(ids)} images of {num_classes} classes, {total_steps} steps of {config.batch_size}",
+            flush=True,
+        )
+    figures = train(task, optimizer, samples, schedule, config, accelerator, Hooks(measure, every, export), run_dir)
+    if accelerator.is_main_process:
+        best = _best_so_far(run_dir)
+        write_json(
+            run_dir / "result.json",
+            {"command": "finetune", "finished": True, "steps": total_steps, "best_val_top1": best, **figures},
+        )
+        print(
+            f"done: val top-1 {figures['val_top1']:.2f} % (best {best:.2f} %), {run_dir / CLASSIFIER_FILE}", flush=True
+        )
+    return figures
+
+
+def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> int:
+    """Returns the number of classes: as given, as dataset.json says, or the largest label + 1.
+
+    Raises InputError when a sample has no label or a label that is too large.
+    """
+    for index, where in ((train, "data.train"), (val, "data.val")):
+        refuse_unlabelled(index.label, where)
+    largest = int(max(train.label.max(), val.label.max()))
+    names = class_names(train.paths)
+    count = num_classes or (len(names) if names else largest + 1)
+    if largest >= count:
+        raise InputError(
+            f"there are labels up to {largest}, but num_classes is {count}: give num_classes {largest + 1}"
+        )
+    return count
+
+
+def _best_so_far(run_dir: Path) -> float:
+    """Returns the val top-1 of the best classifier on disk; its file is the record, so that no other can disagree."""
+    if not (run_dir / BEST_FILE).exists():
+        return -1.0
+    with safe_open(run_dir / BEST_FILE, framework="pt") as file:
+        return float(json.loads(file.metadata()["val_top1"]))

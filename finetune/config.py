@@ -1,0 +1,82 @@
+"""The settings of fine-tuning and of the linear probe. Only the standard library is imported, for a quick `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quarterlight.ssl.config import OptimConfig, RunConfig, StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW with layer-wise learning-rate decay, and its schedule."""
+
+    base_lr: float = 5e-4
+    """Learning rate for 256 images a step; the peak rate is base_lr * batch_size / 256."""
+    min_lr: float = 1e-6
+    """Rate at the end of the cosine (not scaled by the batch size)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the first and second moments."""
+    layer_decay: float = 0.75
+    """Learning rate of a block / that of the block after it; 1: the same everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """What makes labels soft."""
+
+    mixup: float = 0.8
+    """Alpha of mixup's beta distribution; 0: no mixup."""
+    cutmix: float = 1.0
+    """Alpha of cutmix's beta distribution; 0: no cutmix."""
+    label_smoothing: float = 0.1
+    """Share of the label spread over all classes."""
+    random_erasing: float = 0.25
+    """Probability that a rectangle of an image is replaced by noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(StageConfig):
+    """Supervised classification on top of an encoder, all of it trained."""
+
+    init: str | None = None
+    """Encoder weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:. null: from scratch."""
+    untrained: bool = False
+    """Take only the architecture from --init and start from initial weights: the baseline to compare with."""
+    num_classes: int | None = None
+    """Outputs of the classifier; null: what dataset.json beside the shards says, else the largest label + 1."""
+    pool: Literal["avg", "token"] = "avg"
+    """avg: mean of the patch tokens, then a norm of its own (MAE's). token: the class token after the final norm."""
+    drop_path: float = 0.1
+    """Probability that the last block is skipped in training; it grows linearly over the blocks."""
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    """Mixup, cutmix, label smoothing and random erasing."""
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    """AdamW with layer-wise learning-rate decay, and its schedule."""
+    evaluate_every_steps: int | None = None
+    """Steps between two evaluations on data.val; null: once an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig(RunConfig):
+    """Linear classifiers and nearest neighbors on frozen features."""
+
+    init: str | None = None
+    """Encoder weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:. null: untrained."""
+    untrained: bool = False
+    """Take only the architecture from --init and use initial weights: the baseline to compare with."""
+    extract_batch_size: int = 256
+    """Images in one forward pass of one process."""
+    epochs: int = 90
+    """Passes of the linear classifiers over the cached features."""
+    batch_size: int = 1024
+    """Features in one step of the linear classifiers."""
+    base_lrs: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+    """Learning rates for 256 features a step; one classifier is trained with each, all in one pass."""
+    holdout_share: float = 0.1
+    """Share of data.train that chooses among the classifiers; data.val is only reported on."""
+    neighbors: tuple[int, ...] = (10, 20)
+    """Numbers of nearest neighbors that vote."""
+    temperature: float = 0.07
+    """A neighbor's vote weighs exp(cosine similarity / temperature)."""

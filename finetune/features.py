@@ -1,0 +1,71 @@
+"""Features of a frozen encoder, computed once and kept in the run folder."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quarterlight.ssl.encoders import Encoder
+from quarterlight.ssl.files import replace_file
+from quarterlight.ssl.loader import BadSample, EvalSpans, Samples, build_loader, refuse_bad
+
+Features = dict[str, Float[Tensor, "n D"]]  # by pooling: "avg" of the patch tokens, and "token", the class token
+
+
+def pooled(tokens: Float[Tensor, "B PN D"], encoder: Encoder) -> Features:
+    """Returns the average of the patch tokens and, where there is one, the class token, in float32."""
+    features = {"avg": tokens[:, encoder.num_prefix_tokens :].float().mean(dim=1)}
+    if getattr(encoder.timm, "cls_token", None) is not None:
+        features["token"] = tokens[:, 0].float()
+    return features
+
+
+@torch.no_grad()
+def extract(
+    encoder: Encoder, normalize: nn.Module, samples: Samples, accelerator: Accelerator, cache: Path, **loading: int
+) -> tuple[Features, Int[Tensor, " n"]]:
+    """Returns features and labels of all samples in file order, on the CPU; each process computes its own part.
+
+    `loading` is batch_size (of one process) and num_workers. The parts are kept below `cache` under a hash of weights,
+    samples and crop, and read from there the next time. Raises InputError when an image cannot be read.
+    """
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    name = _hash(encoder, normalize, samples)
+    part = cache / f"{name}-{rank}-of-{world_size}.safetensors"
+    bad: list[BadSample] = []
+    if not part.is_file():
+        spans = EvalSpans(len(samples.order), batch_size=loading["batch_size"], rank=rank, world_size=world_size)
+        collected: dict[str, list[Tensor]] = {"labels": []}
+        for batch in build_loader(samples, spans, num_workers=loading["num_workers"]):
+            bad += batch.bad
+            with accelerator.autocast():
+                tokens = encoder(normalize(batch.images.to(accelerator.device)))
+            for pool, values in pooled(tokens, encoder).items():
+                collected.setdefault(pool, []).append(values.cpu())
+            collected["labels"].append(batch.labels)
+        if not bad and len(spans):
+            tensors = {key: torch.cat(values) for key, values in collected.items()}
+            replace_file(part, lambda partial: save_file(tensors, partial))
+    refuse_bad(gather_object(bad))
+    accelerator.wait_for_everyone()
+    parts = [
+        load_file(path)
+        for r in range(world_size)
+        if (path := cache / f"{name}-{r}-of-{world_size}.safetensors").exists()
+    ]
+    whole = {key: torch.cat([tensors[key] for tensors in parts]) for key in parts[0]}
+    return whole, whole.pop("labels")
+
+
+def _hash(encoder: Encoder, normalize: nn.Module, samples: Samples) -> str:
+    digest = hashlib.sha256()
+    for name, x in [*encoder.timm.state_dict().items(), *normalize.named_buffers()]:
+        digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(f"{samples.index.fingerprint()} {samples.transform} {samples.in_chans}".encode())
+    digest.update(samples.order.samples.tobytes())
+    return digest.hexdigest()[:16]

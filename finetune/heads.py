@@ -1,0 +1,29 @@
+"""From an encoder to a timm classifier with the same weights and a new head."""
+
+from typing import Literal
+
+from torch import nn
+
+from quarterlight.ssl.encoders import create_timm_model
+from quarterlight.ssl.export import ModelSpec
+from quarterlight.ssl.released import Weights, load_encoder, load_weights
+
+
+def build_classifier(
+    spec: ModelSpec, weights: Weights | None, *, num_classes: int, pool: Literal["avg", "token"], drop_path: float
+) -> tuple[nn.Module, ModelSpec, str]:
+    """Returns the timm classifier, the spec that builds it again, and a sentence on the weights loaded.
+
+    With `pool` "avg" the final norm moves behind the pooling and starts afresh (`fc_norm`); with "token" it stays. The
+    head starts at 2e-5 times a normal, as MAE's, so that the first steps do not disturb the encoder. All parameters are
+    trained, positions included. `weights` None starts from the encoder's initial weights.
+
+    Raises InputError when the weights do not fit or timm cannot pool the model this way.
+    """
+    encoder, report = load_encoder(spec, weights)
+    args = spec.args | {"num_classes": num_classes, "global_pool": pool}
+    classifier = create_timm_model(spec.name, **args, drop_path_rate=drop_path)
+    load_weights(classifier, Weights("encoder", dict(encoder.timm.state_dict()), spec))
+    nn.init.trunc_normal_(classifier.head.weight, std=2e-5)
+    nn.init.zeros_(classifier.head.bias)
+    return classifier, ModelSpec(spec.name, args, spec.mean, spec.std), report
