@@ -22,8 +22,9 @@ def build_classifier(
     """
     encoder, report = load_encoder(spec, weights)
     args = spec.args | {"num_classes": num_classes, "global_pool": pool}
-    classifier = create_timm_model(spec.name, **args, drop_path_rate=drop_path)
+    built = ModelSpec(spec.name, args, spec.mean, spec.std)
+    classifier = create_timm_model(spec.name, **built.timm_args(), drop_path_rate=drop_path)
     load_weights(classifier, Weights("encoder", dict(encoder.timm.state_dict()), spec))
     nn.init.trunc_normal_(classifier.head.weight, std=2e-5)
     nn.init.zeros_(classifier.head.bias)
-    return classifier, ModelSpec(spec.name, args, spec.mean, spec.std), report
+    return classifier, built, report

@@ -1,6 +1,6 @@
 """timm models by name, wrapped as encoders, and the choice of attention kernel."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import timm
 import torch
@@ -13,6 +13,7 @@ from .masking import Masking
 from .vit import ViTEncoder
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What pretraining and fine-tuning ask of an encoder; `vit.ViTEncoder` is one."""
 

@@ -24,6 +24,11 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def timm_args(self) -> dict[str, Any]:
+        """Returns `args` with a tuple for the image size, which JSON had made a list."""
+        size = self.args.get("img_size")
+        return self.args if size is None else {**self.args, "img_size": pair(size)}
+
 
 def export_weights(path: Path, model: nn.Module, spec: ModelSpec, facts: dict[str, Any]) -> None:
     """Writes the state dict of a timm model with its `spec` and `facts` as metadata, replacing `path` whole."""

@@ -134,7 +134,7 @@ def load_encoder(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str
 
     Raises InputError when a tensor of the encoder is missing or has another shape.
     """
-    encoder = build_encoder(spec.name, **spec.args)
+    encoder = build_encoder(spec.name, **spec.timm_args())
     if weights is None:
         encoder.init_weights()
         return encoder, f"encoder {spec.name}: initial weights"

@@ -1,0 +1,529 @@
+import gc
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.index import INDEX_NAME, UNLABELLED, class_names, open_index, scan_shard, shard_paths
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+
+
+def encoded(seed: int, format: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, count: int, *, samples_per_shard: int = 4) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with webdataset.ShardWriter(f"{folder}/train-%06d.tar", maxcount=samples_per_shard, verbose=0) as writer:
+        for i in range(count):
+            writer.write({"__key__": f"{i:05d}", "jpg": encoded(i), "cls": i % 3})
+    return sorted(folder.glob("*.tar"))
+
+
+def seen_by_webdataset(*paths: Path) -> list[tuple[str, bytes, int]]:
+    """Key, image bytes and label of every sample that webdataset reads and that holds an image."""
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+        for sample in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False):
+            image = next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
+            label = int(sample["cls"]) if "cls" in sample else json.loads(sample.get("json", b"{}")).get("label", -1)
+            if image is not None:
+                found.append((sample["__key__"], image, label))
+        gc.collect()
+    return found
+
+
+def seen_by_us(*paths: Path) -> list[tuple[str, bytes, int]]:
+    index = open_index([str(path) for path in paths])
+    return [(index.key(i), index.read(i), int(index.label[i])) for i in range(len(index))]
+
+
+def test_what_webdataset_writes_is_read_as_webdataset_reads_it(tmp_path):
+    paths = write_shards(tmp_path, 11)
+    assert len(paths) == 3
+    assert seen_by_us(*paths) == seen_by_webdataset(*paths) == [(f"{i:05d}", encoded(i), i % 3) for i in range(11)]
+
+
+LONG = "a" * 90
+NAMES = {
+    "ustar": (tarfile.USTAR_FORMAT, [f"{LONG}/{LONG[:60]}{i}" for i in range(3)] + ["short"]),
+    "gnu": (tarfile.GNU_FORMAT, [f"{LONG}/{LONG}/{LONG}{i}" for i in range(3)] + ["short", "größe/ü 漢字"]),
+    "pax": (tarfile.PAX_FORMAT, [f"{LONG}/{LONG}/{LONG}{i}" for i in range(3)] + ["short", "größe/ü 漢字"]),
+}
+
+
+@pytest.mark.parametrize("flavor", NAMES)
+def test_long_and_foreign_names_are_read_in_every_tar_flavor(tmp_path, flavor):
+    format, keys = NAMES[flavor]
+    files = [
+        (f"{key}.{x}", encoded(i) if x == "jpg" else b"%d" % i) for i, key in enumerate(keys) for x in ("cls", "jpg")
+    ]
+    path = write_tar(tmp_path / "x.tar", files, format)
+    expected = [(key, encoded(i), i) for i, key in enumerate(keys)]
+    assert seen_by_us(path) == seen_by_webdataset(path) == expected
+    assert seen_by_us(path) == expected, "from the sidecar"
+
+
+def test_what_gnu_tar_packs_from_a_folder_is_read(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "in" / "sub" / f"{i}.jpg").write_bytes(encoded(i))
+        (tmp_path / "in" / "sub" / f"{i}.cls").write_text(f"{i}\n")
+    path = tmp_path / "x.tar"
+    subprocess.run(["tar", "--sort=name", "-cf", path, "-C", tmp_path / "in", "."], check=True)
+    assert seen_by_us(path) == seen_by_webdataset(path)
+    assert [(label, data) for _, data, label in seen_by_us(path)] == [(i, encoded(i)) for i in range(4)]
+
+
+def test_all_image_kinds_and_both_kinds_of_label_are_found(tmp_path):
+    path = write_tar(
+        tmp_path / "x.tar",
+        [
+            ("a.JPG", encoded(0)),
+            ("a.cls", b" 12\n"),
+            ("b.json", b'{"label": 3, "caption": "b"}'),
+            ("b.png", encoded(1, "PNG")),
+            ("c.txt", b"a caption"),
+            ("c.webp", encoded(2, "WEBP")),
+            ("d.jpeg", encoded(3)),
+            ("d.json", b'{"caption": "no label"}'),
+            ("e.txt", b"no image"),
+        ],
+    )
+    expected = [
+        ("a", encoded(0), 12),
+        ("b", encoded(1, "PNG"), 3),
+        ("c", encoded(2, "WEBP"), UNLABELLED),
+        ("d", encoded(3), UNLABELLED),
+    ]
+    assert seen_by_us(path) == seen_by_webdataset(path) == expected
+
+
+def test_files_that_webdataset_passes_over_do_not_cut_a_sample_in_two(tmp_path):
+    path = write_tar(
+        tmp_path / "x.tar",
+        [
+            ("._0.cls", b"apple"),
+            ("0.cls", b"7"),
+            ("._0.jpg", b"apple"),
+            ("0.jpg", encoded(0)),
+            ("d/1.cls", b"8"),
+            ("README", b"no extension"),
+            ("d/._1.jpg", b"apple"),
+            ("d/1.jpg", encoded(1)),
+        ],
+    )
+    assert seen_by_us(path) == seen_by_webdataset(path) == [("0", encoded(0), 7), ("d/1", encoded(1), 8)]
+
+
+def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        image = tarfile.TarInfo("d/0.jpg")
+        image.size = len(encoded(0))
+        tar.addfile(image, io.BytesIO(encoded(0)))
+        link = tarfile.TarInfo("d/1.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
+        tar.addfile(link)
+    assert seen_by_us(path) == seen_by_webdataset(path) == [("d/0", encoded(0), UNLABELLED)]
+
+
+def test_names_that_are_not_utf8_are_read_indexed_and_fingerprinted(tmp_path):
+    path = tmp_path / "x.tar"
+    name = b"caf\xe9 1.jpg".decode("utf-8", "surrogateescape")
+    write_tar(path, [(name, encoded(0)), ("plain.jpg", encoded(1))], tarfile.GNU_FORMAT)
+    first, again = open_index(str(path)), open_index(str(path))
+    assert first.key(0) == again.key(0) == name.removesuffix(".jpg")
+    assert first.fingerprint() == again.fingerprint()
+
+
+def test_a_sample_is_found_under_one_numbering_over_all_shards(tmp_path):
+    paths = write_shards(tmp_path, 10)
+    index = open_index(str(tmp_path / "*.tar"))
+    assert len(index) == 10
+    assert index.paths == paths
+    assert index.shard.tolist() == [0] * 4 + [1] * 4 + [2] * 2
+    assert [index.key(i) for i in (0, 3, 4, 9)] == ["00000", "00003", "00004", "00009"]
+
+
+def test_a_shard_without_samples_among_others_is_no_harm(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", encoded(0))])
+    write_tar(tmp_path / "b.tar", [])
+    write_tar(tmp_path / "c.tar", [("1.jpg", encoded(1))])
+    for _ in range(2):
+        assert [x[0] for x in seen_by_us(*sorted(tmp_path.glob("*.tar")))] == ["0", "1"]
+
+
+def test_more_shards_than_may_be_open_are_read(tmp_path):
+    for i in range(70):
+        write_tar(tmp_path / f"{i:02d}.tar", [("0.jpg", b"%d" % i)])
+    index = open_index(str(tmp_path / "*.tar"))
+    open_before = len(os.listdir("/proc/self/fd"))
+    for i in [*range(70), *reversed(range(70)), 5, 69]:
+        assert index.read(i) == b"%d" % i
+    assert len(os.listdir("/proc/self/fd")) - open_before <= 64
+
+
+def test_an_index_travels_to_another_process_without_its_open_files(tmp_path):
+    write_shards(tmp_path, 5)
+    index = open_index(str(tmp_path / "*.tar"))
+    index.read(0)
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy.fingerprint() == index.fingerprint()
+    assert [copy.read(i) for i in range(5)] == [index.read(i) for i in range(5)]
+
+
+# The patterns.
+
+
+def test_globs_braces_lists_and_plain_paths_name_the_same_shards_once_each(tmp_path):
+    paths = write_shards(tmp_path, 12)
+    glob, braces = str(tmp_path / "train-*.tar"), str(tmp_path / "train-{000000..000002}.tar")
+    assert shard_paths(glob) == shard_paths(braces) == shard_paths([str(x) for x in paths]) == paths
+    assert shard_paths([str(paths[2]), glob, braces]) == [paths[2], paths[0], paths[1]]
+
+
+def test_relative_paths_and_the_home_folder_are_understood(tmp_path, monkeypatch):
+    paths = write_shards(tmp_path / "shards", 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert shard_paths("shards/*.tar") == shard_paths("~/shards/*.tar") == paths
+
+
+def test_a_plain_path_may_hold_brackets(tmp_path):
+    paths = write_shards(tmp_path / "photos [2024]", 4)
+    assert shard_paths(str(paths[0])) == paths
+
+
+@pytest.mark.parametrize("name", ["none-*.tar", "none.tar", "{a,b}.tar"])
+def test_a_pattern_that_matches_nothing_is_named(tmp_path, name):
+    write_shards(tmp_path, 1)
+    with pytest.raises(InputError, match="none-|none.tar|a.tar"):
+        open_index([str(tmp_path / "train-*.tar"), str(tmp_path / name)])
+
+
+def test_a_brace_that_is_not_closed_is_refused(tmp_path):
+    with pytest.raises(InputError, match="train-"):
+        shard_paths(str(tmp_path / "train-{000..009.tar"))
+
+
+def test_no_pattern_at_all_is_refused():
+    with pytest.raises(InputError):
+        shard_paths([])
+
+
+def test_a_folder_instead_of_tars_is_refused_with_a_pattern_that_works(tmp_path):
+    write_shards(tmp_path / "shards", 1)
+    with pytest.raises(InputError, match=r"shards is a folder.*shards/train-\*\.tar"):
+        open_index(str(tmp_path / "shards"))
+
+
+def test_an_address_is_refused():
+    with pytest.raises(InputError, match="https://example.org/x.tar"):
+        open_index("https://example.org/x.tar")
+
+
+# Damage.
+
+
+def test_a_page_instead_of_a_tar_is_refused_by_name(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 40)
+    with pytest.raises(InputError, match="x.tar"):
+        open_index(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b" + b"\0" * 600, b"\0" * 100])
+def test_what_is_no_tar_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="x.tar"):
+        open_index(str(path))
+
+
+def test_a_tar_without_images_is_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"1"), ("a.cls", b"1")])
+    with pytest.raises(InputError, match="x.tar.*no jpg"):
+        open_index(str(path))
+
+
+def test_a_truncated_tar_never_passes_for_a_whole_one(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", [(f"{i}.{x}", b"1" * 700) for i in range(3) for x in ("cls", "jpg")])
+    data, path = whole.read_bytes(), tmp_path / "cut.tar"
+    member = 512 + 1024  # header and padded content
+    for size in [*range(100, 6 * member, 333), *range(member - 1, 6 * member, member), *range(1, 6 * member, 1024)]:
+        if size % member == 0:
+            continue  # a bare end of file, as some writers leave it
+        path.write_bytes(data[:size])
+        with pytest.raises(InputError, match="cut.tar"):
+            scan_shard(path)
+
+
+def test_a_tar_without_the_final_blocks_of_zeros_is_read(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", [("0.cls", b"1"), ("0.jpg", encoded(0))])
+    with tarfile.open(whole) as tar:
+        tar.getmembers()
+        end = tar.offset
+    bare = tmp_path / "bare.tar"
+    bare.write_bytes(whole.read_bytes()[:end])
+    assert seen_by_us(bare) == seen_by_us(whole)
+
+
+@pytest.mark.parametrize("garbage", [b"\xa5" * 512, b"\0" * 512, b"\0" * 4096], ids=["noise", "zeros", "zeroed page"])
+def test_a_garbage_header_in_the_middle_is_refused(tmp_path, garbage):
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", encoded(i)) for i in range(12)])
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[3].offset
+    data = bytearray(path.read_bytes())
+    data[header : header + len(garbage)] = garbage
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"x.tar.*damaged at byte {header}"):
+        open_index(str(path))
+
+
+def test_a_flipped_byte_in_any_header_is_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", encoded(i)) for i in range(3)])
+    with tarfile.open(path) as tar:
+        headers = [member.offset for member in tar.getmembers()]
+    data = path.read_bytes()
+    for header in headers:
+        for at in (0, 124, 130, 150, 156, 257, 400):
+            damaged = bytearray(data)
+            damaged[header + at] ^= 0x15
+            path.write_bytes(damaged)
+            with pytest.raises(InputError, match="x.tar"):
+                scan_shard(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "content"),
+    [
+        ("cls", b"cat"),
+        ("cls", b""),
+        ("cls", b"1.5"),
+        ("cls", b"\xff"),
+        ("cls", b"9" * 30),
+        ("json", b'{"label": "cat"}'),
+        ("json", b'{"label": null}'),
+        ("json", b'{"label": 1.5}'),
+        ("json", b'{"label": Infinity}'),
+        ("json", b'{"label": [1]}'),
+        ("json", b"[1]"),
+        ("json", b"{"),
+    ],
+)
+def test_a_label_that_is_no_whole_number_is_refused_by_name(tmp_path, field, content):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", encoded(0)), (f"a.{field}", content)])
+    with pytest.raises(InputError, match=rf"x.tar: label of a.{field}"):
+        open_index(str(path))
+
+
+# The sidecar.
+
+
+def test_the_sidecar_gives_the_same_index_as_the_scan(tmp_path):
+    write_shards(tmp_path, 11)
+    scanned, read = open_index(str(tmp_path / "*.tar")), open_index(str(tmp_path / "*.tar"))
+    for name in ("offset", "size", "label", "shard"):
+        assert np.array_equal(getattr(scanned, name), getattr(read, name)), name
+    assert [scanned.key(i) for i in range(11)] == [read.key(i) for i in range(11)]
+    assert scanned.fingerprint() == read.fingerprint()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".tar") == [INDEX_NAME]
+
+
+def test_a_second_opening_reads_and_writes_no_tar_and_no_sidecar(tmp_path):
+    paths = write_shards(tmp_path, 8)
+    open_index(str(tmp_path / "*.tar"))
+    written_at = (tmp_path / INDEX_NAME).stat().st_mtime_ns
+    stat = paths[0].stat()
+    paths[0].write_bytes(b"\xa5" * stat.st_size)
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(open_index(str(tmp_path / "*.tar"))) == 8
+    assert (tmp_path / INDEX_NAME).stat().st_mtime_ns == written_at
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a zip" * 100, b"\0" * 3000])
+def test_a_sidecar_of_garbage_is_rebuilt(tmp_path, content):
+    write_shards(tmp_path, 8)
+    expected = open_index(str(tmp_path / "*.tar")).fingerprint()
+    good = (tmp_path / INDEX_NAME).read_bytes()
+    (tmp_path / INDEX_NAME).write_bytes(content)
+    assert open_index(str(tmp_path / "*.tar")).fingerprint() == expected
+    assert len((tmp_path / INDEX_NAME).read_bytes()) == len(good)
+
+
+def test_a_half_written_sidecar_is_rebuilt(tmp_path):
+    write_shards(tmp_path, 8)
+    pattern, sidecar = str(tmp_path / "*.tar"), tmp_path / INDEX_NAME
+    expected = open_index(pattern).fingerprint()
+    good = sidecar.read_bytes()
+    for size in range(1, len(good), len(good) // 40):
+        sidecar.write_bytes(good[:size])
+        assert open_index(pattern).fingerprint() == expected
+        assert len(sidecar.read_bytes()) == len(good)
+
+
+def test_a_flipped_byte_anywhere_in_the_sidecar_changes_nothing(tmp_path):
+    write_shards(tmp_path, 8)
+    pattern, sidecar = str(tmp_path / "*.tar"), tmp_path / INDEX_NAME
+    expected = open_index(pattern).fingerprint()
+    good = sidecar.read_bytes()
+    for at in range(0, len(good), 3):
+        damaged = bytearray(good)
+        damaged[at] ^= 0xFF
+        sidecar.write_bytes(damaged)
+        assert open_index(pattern).fingerprint() == expected, at
+
+
+def test_a_sidecar_of_another_program_is_rebuilt(tmp_path):
+    write_shards(tmp_path, 8)
+    expected = open_index(str(tmp_path / "*.tar")).fingerprint()
+    np.savez(tmp_path / INDEX_NAME, something=np.arange(3))
+    assert open_index(str(tmp_path / "*.tar")).fingerprint() == expected
+
+
+def test_only_a_changed_shard_is_scanned_again(tmp_path):
+    paths = write_shards(tmp_path, 12)
+    open_index(str(tmp_path / "*.tar"))
+    untouched = paths[0].stat()
+    paths[0].write_bytes(b"\xa5" * untouched.st_size)
+    os.utime(paths[0], ns=(untouched.st_atime_ns, untouched.st_mtime_ns))
+    write_tar(paths[1], [("new.jpg", encoded(77)), ("new.cls", b"5")])
+    index = open_index(str(tmp_path / "*.tar"))
+    assert [index.key(i) for i in range(len(index))] == [f"{i:05d}" for i in (0, 1, 2, 3)] + [
+        "new",
+        *(f"{i:05d}" for i in (8, 9, 10, 11)),
+    ]
+    assert index.read(4) == encoded(77)
+    assert index.label[4] == 5
+
+
+def test_a_shard_of_the_same_size_and_another_time_is_scanned_again(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", encoded(0)), ("0.cls", b"1")])
+    assert seen_by_us(path)[0][2] == 1
+    size = path.stat().st_size
+    write_tar(path, [("0.jpg", encoded(0)), ("0.cls", b"2")])
+    os.utime(path, ns=(1, 10**18))
+    assert path.stat().st_size == size
+    assert seen_by_us(path)[0][2] == 2
+
+
+def test_added_and_removed_shards_are_noticed(tmp_path):
+    paths = write_shards(tmp_path, 8)
+    assert len(open_index(str(tmp_path / "*.tar"))) == 8
+    write_tar(tmp_path / "train-000009.tar", [("new.jpg", encoded(0))])
+    assert len(open_index(str(tmp_path / "*.tar"))) == 9
+    paths[0].unlink()
+    assert len(open_index(str(tmp_path / "*.tar"))) == 5
+
+
+def test_one_sidecar_serves_train_and_val_patterns(tmp_path):
+    write_tar(tmp_path / "train-0.tar", [("0.jpg", encoded(0))])
+    write_tar(tmp_path / "val-0.tar", [("1.jpg", encoded(1))])
+    for _ in range(2):
+        assert [open_index(str(tmp_path / f"{split}-*.tar")).key(0) for split in ("train", "val")] == ["0", "1"]
+
+
+def test_shards_in_several_folders_have_an_index_each(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", [(f"{name}.jpg", encoded(0))])
+    for _ in range(2):
+        index = open_index([str(tmp_path / "b" / "*.tar"), str(tmp_path / "a" / "*.tar")])
+        assert [index.key(0), index.key(1)] == ["b", "a"]
+    assert (tmp_path / "a" / INDEX_NAME).exists() and (tmp_path / "b" / INDEX_NAME).exists()
+
+
+READ_AS_NOBODY = """
+import os, sys
+import zipfile
+from quarterlight.ssl.index import open_index
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+print(len(open_index(sys.argv[1])), os.access(os.path.dirname(sys.argv[1]), os.W_OK))
+"""
+
+
+@pytest.mark.parametrize("sidecar", ["present", "absent", "stale"])
+def test_a_read_only_folder_works_with_and_without_a_sidecar(sidecar):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = write_shards(folder, 8)
+        if sidecar != "absent":
+            open_index(str(folder / "*.tar"))
+        if sidecar == "stale":
+            os.utime(paths[0], ns=(1, 10**18))
+        before = sorted(path.name for path in folder.iterdir())
+        folder.chmod(0o555)
+        command = [sys.executable, "-c", READ_AS_NOBODY, str(folder / "*.tar")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+        folder.chmod(0o755)
+        assert done.stdout.split() == ["8", "False"], done.stderr
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_fingerprint_is_the_same_wherever_the_shards_lie(tmp_path):
+    fingerprints = []
+    for name in "ab":
+        write_shards(tmp_path / name, 6)
+        fingerprints.append(open_index(str(tmp_path / name / "*.tar")).fingerprint())
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_the_fingerprint_of_known_samples_is_the_one_of_earlier_runs(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.{x}", b"%d" % i) for i in range(5) for x in ("cls", "jpg")])
+    assert open_index(str(path)).fingerprint() == PINNED_FINGERPRINT
+
+
+def test_the_fingerprint_tells_keys_labels_sizes_and_the_order_of_shards_apart(tmp_path):
+    variants = {
+        "as it is": [("0.cls", b"1"), ("0.jpg", b"xy")],
+        "key": [("1.cls", b"1"), ("1.jpg", b"xy")],
+        "label": [("0.cls", b"2"), ("0.jpg", b"xy")],
+        "size": [("0.cls", b"1"), ("0.jpg", b"xyz")],
+    }
+    fingerprints = []
+    for name, files in variants.items():
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "a.tar", files)
+        write_tar(tmp_path / name / "b.tar", [("9.cls", b"1"), ("9.jpg", b"xy")])
+        fingerprints.append(open_index(str(tmp_path / name / "{a,b}.tar")).fingerprint())
+    fingerprints.append(open_index(str(tmp_path / "as it is" / "{b,a}.tar")).fingerprint())
+    assert len(set(fingerprints)) == 5
+
+
+def test_class_names_come_from_the_file_beside_the_shards(tmp_path):
+    paths = write_shards(tmp_path, 1)
+    assert class_names(paths) is None
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    assert class_names(paths) == ["cat", "dog"]
