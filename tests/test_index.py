@@ -397,7 +397,8 @@ def test_a_flipped_byte_anywhere_in_the_sidecar_changes_nothing(tmp_path):
     pattern, sidecar = str(tmp_path / "*.tar"), tmp_path / INDEX_NAME
     expected = open_index(pattern).fingerprint()
     good = sidecar.read_bytes()
-    for at in range(0, len(good), 3):
+    directory = good.index(b"PK\x01\x02")
+    for at in [*range(0, len(good), 37), *range(directory, directory + 46)]:
         damaged = bytearray(good)
         damaged[at] ^= 0xFF
         sidecar.write_bytes(damaged)
@@ -465,17 +466,20 @@ def test_shards_in_several_folders_have_an_index_each(tmp_path):
 
 READ_AS_NOBODY = """
 import os, sys
-import zipfile
 from quarterlight.ssl.index import open_index
+writable, read_only = sys.argv[1:]
+for _ in range(2):  # loads what is loaded on first use, while this user may still read Python's own files
+    open_index(writable)
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
-print(len(open_index(sys.argv[1])), os.access(os.path.dirname(sys.argv[1]), os.W_OK))
+print(len(open_index(read_only)), os.access(os.path.dirname(read_only), os.W_OK))
 """
 
 
 @pytest.mark.parametrize("sidecar", ["present", "absent", "stale"])
-def test_a_read_only_folder_works_with_and_without_a_sidecar(sidecar):
+def test_a_read_only_folder_works_with_and_without_a_sidecar(tmp_path, sidecar):
+    write_shards(tmp_path, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = write_shards(folder, 8)
@@ -485,7 +489,7 @@ def test_a_read_only_folder_works_with_and_without_a_sidecar(sidecar):
             os.utime(paths[0], ns=(1, 10**18))
         before = sorted(path.name for path in folder.iterdir())
         folder.chmod(0o555)
-        command = [sys.executable, "-c", READ_AS_NOBODY, str(folder / "*.tar")]
+        command = [sys.executable, "-c", READ_AS_NOBODY, str(tmp_path / "*.tar"), str(folder / "*.tar")]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/")
         folder.chmod(0o755)
         assert done.stdout.split() == ["8", "False"], done.stderr
@@ -502,7 +506,7 @@ def test_the_fingerprint_is_the_same_wherever_the_shards_lie(tmp_path):
 
 def test_the_fingerprint_of_known_samples_is_the_one_of_earlier_runs(tmp_path):
     path = write_tar(tmp_path / "x.tar", [(f"{i}.{x}", b"%d" % i) for i in range(5) for x in ("cls", "jpg")])
-    assert open_index(str(path)).fingerprint() == PINNED_FINGERPRINT
+    assert open_index(str(path)).fingerprint() == "ce3eb49f0fe65a9b"
 
 
 def test_the_fingerprint_tells_keys_labels_sizes_and_the_order_of_shards_apart(tmp_path):

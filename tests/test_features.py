@@ -1,0 +1,195 @@
+"""Features of frozen encoders against timm's, their cache, and two processes. As a script: one rank of two."""
+
+import copy
+import dataclasses
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import write_tars
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quarterlight.finetune.features import extract, pooled
+from quarterlight.ssl.augment import CenterCrop, Normalize
+from quarterlight.ssl.encoders import build_encoder
+from quarterlight.ssl.engine import build_accelerator
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.index import open_index
+from quarterlight.ssl.loader import Samples
+from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.vit import ViTEncoder
+
+NAME, COUNT = "vit_tiny_patch16_224", 13
+ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+NORMALIZE = Normalize((0.5, 0.25, 0.75), (0.25, 0.5, 0.125))
+
+
+@functools.cache
+def encoder(**changes: object) -> ViTEncoder:
+    torch.manual_seed(0)
+    built = build_encoder(NAME, **(ARGS | changes))
+    built.init_weights()
+    return built.eval()
+
+
+def samples(patterns: str, *, crop_pct: float = 1.0) -> Samples:
+    index = open_index(patterns)
+    return Samples(index, FileOrder(np.arange(len(index))), CenterCrop((32, 32), crop_pct), 0)
+
+
+def extracted(
+    patterns: str, accelerator: Accelerator, cache: Path, *, batch_size: int = 4
+) -> tuple[dict[str, Tensor], Tensor]:
+    loading = {"batch_size": batch_size, "num_workers": 0}
+    return extract(encoder(), NORMALIZE, samples(patterns), accelerator, cache, **loading)
+
+
+def plain(patterns: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The same features, image by image, through timm's own forward."""
+    model, read = encoder().timm, samples(patterns)
+    batches = [read.__getitems__((i, i + 1)) for i in range(len(read.order))]
+    with torch.no_grad():
+        tokens = torch.cat([model.forward_features(NORMALIZE(batch.images)) for batch in batches])
+    return {"avg": tokens[:, 1:].mean(dim=1), "token": tokens[:, 0]}, torch.cat([batch.labels for batch in batches])
+
+
+def assert_same(found: tuple[dict[str, Tensor], Tensor], expected: tuple[dict[str, Tensor], Tensor]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield build_accelerator("no")
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Two tars of 7 and 6 images."""
+    return write_tars(tmp_path / "shards", "val", COUNT, per_shard=7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"reg_tokens": 2, "no_embed_class": True}])
+def test_pooled_features_are_timms(changes: dict):
+    model, images = encoder(**changes), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found, tokens = pooled(model(images), model), model.timm.forward_features(images)
+        assert torch.equal(found["avg"], tokens[:, -16:].mean(dim=1))
+        assert torch.equal(found["token"], model.timm.forward_head(tokens, pre_logits=True))
+
+
+def test_without_a_class_token_there_is_the_average_only():
+    model = encoder(class_token=False, global_pool="avg", fc_norm=False)
+    with torch.no_grad():
+        found = pooled(model(torch.rand(2, 3, 32, 32)), model)
+    assert found.keys() == {"avg"}
+
+
+def test_half_precision_tokens_are_pooled_in_float32():
+    tokens = torch.rand(2, 17, 48).bfloat16()
+    found = pooled(tokens, encoder())
+    assert {x.dtype for x in found.values()} == {torch.float32}
+    torch.testing.assert_close(found["avg"], tokens[:, 1:].float().mean(dim=1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, COUNT, 100])
+def test_features_are_those_of_a_plain_loop_in_file_order(
+    shards: str, accelerator: Accelerator, tmp_path: Path, batch_size: int
+):
+    assert_same(extracted(shards, accelerator, tmp_path / "cache", batch_size=batch_size), plain(shards))
+
+
+def test_features_need_no_gradient(shards: str, accelerator: Accelerator, tmp_path: Path):
+    features, _ = extracted(shards, accelerator, tmp_path / "cache")
+    assert not any(x.requires_grad for x in features.values())
+
+
+def test_a_second_time_nothing_is_computed(shards: str, accelerator: Accelerator, tmp_path: Path):
+    first = extracted(shards, accelerator, tmp_path / "cache")
+    (part,) = (tmp_path / "cache").iterdir()
+    marked = load_file(part)
+    save_file(marked | {"avg": marked["avg"] + 1}, part)
+    second = extracted(shards, accelerator, tmp_path / "cache")
+    torch.testing.assert_close(second[0]["avg"], first[0]["avg"] + 1, rtol=0, atol=0)
+    assert torch.equal(second[1], first[1])
+
+
+def test_other_weights_means_crops_and_samples_are_computed_anew(shards: str, accelerator: Accelerator, tmp_path: Path):
+    loading = {"batch_size": 4, "num_workers": 0}
+    cache, other = tmp_path / "cache", copy.deepcopy(encoder())
+    with torch.no_grad():
+        other.timm.cls_token.add_(1e-3)
+    whole, zoomed = samples(shards), samples(shards, crop_pct=0.5)
+    few = dataclasses.replace(whole, order=FileOrder(np.arange(5)))
+    found = [
+        extract(encoder(), NORMALIZE, whole, accelerator, cache, **loading),
+        extract(other, NORMALIZE, whole, accelerator, cache, **loading),
+        extract(encoder(), Normalize((0.5,) * 3, (0.5,) * 3), whole, accelerator, cache, **loading),
+        extract(encoder(), NORMALIZE, zoomed, accelerator, cache, **loading),
+        extract(encoder(), NORMALIZE, few, accelerator, cache, **loading),
+    ]
+    assert len(list(cache.iterdir())) == 5
+    assert [len(labels) for _, labels in found] == [COUNT] * 4 + [5]
+    sums = [float(features["token"][:5].double().sum()) for features, _ in found]
+    assert len(set(sums[:4])) == 4
+    assert sums[4] == pytest.approx(sums[0], abs=1e-4)
+
+
+def test_shards_that_moved_are_not_computed_anew(shards: str, accelerator: Accelerator, tmp_path: Path):
+    first = extracted(shards, accelerator, tmp_path / "cache")
+    shutil.move(tmp_path / "shards", tmp_path / "moved")
+    assert_same(extracted(str(tmp_path / "moved" / "val-*.tar"), accelerator, tmp_path / "cache"), first)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_an_unreadable_image_is_refused_and_nothing_is_kept(shards: str, accelerator: Accelerator, tmp_path: Path):
+    tar = tmp_path / "shards" / "val-0001.tar"
+    content = bytearray(tar.read_bytes())
+    at = content.rindex(b"\x89PNG")
+    content[at : at + 60] = bytes(60)
+    tar.write_bytes(content)
+    with pytest.raises(InputError, match=r"val-0001\.tar.*val00012"):
+        extracted(shards, accelerator, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_two_processes_give_the_features_of_one(shards: str, tmp_path: Path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(
+        [*launcher, __file__, str(tmp_path)], check=True, env=environment, capture_output=True, text=True, timeout=200
+    )
+    for rank in range(2):
+        features = load_file(tmp_path / f"rank-{rank}.safetensors")
+        assert_same((features, features.pop("labels")), plain(shards))
+        one = load_file(tmp_path / f"one-{rank}.safetensors")
+        assert (len(one["avg"]), len(one["labels"])) == (1, 1)
+
+
+def main(folder: Path) -> None:
+    """Extracts on this rank of two, all images and one image, and writes what it got."""
+    accelerator = build_accelerator("no")
+    assert accelerator.num_processes == 2
+    loading = {"batch_size": 4, "num_workers": 0}
+    everything = samples(str(folder / "shards" / "val-*.tar"))
+    one = dataclasses.replace(everything, order=FileOrder(np.arange(1)))
+    for name, read in (("rank", everything), ("one", one)):
+        features, labels = extract(encoder(), NORMALIZE, read, accelerator, folder / "cache", **loading)
+        save_file(features | {"labels": labels}, folder / f"{name}-{accelerator.process_index}.safetensors")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""Nearest neighbors against scikit-learn's."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from quarterlight.finetune.knn import knn_predictions
+
+GENERATOR = torch.Generator().manual_seed(0)
+CLASSES = 4
+CENTERS = torch.randn(CLASSES, 12, generator=GENERATOR)
+
+
+def blobs(count: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(0, CLASSES, (count,), generator=GENERATOR)
+    features = CENTERS[labels] + spread * torch.randn(count, 12, generator=GENERATOR)
+    return features * torch.rand(count, 1, generator=GENERATOR).add(0.1), labels
+
+
+TRAIN, LABELS = blobs(300)
+QUERIES, TRUTH = blobs(101)
+
+
+def scikit(neighbors: int, temperature: float) -> np.ndarray:
+    model = KNeighborsClassifier(
+        neighbors, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    return model.fit(TRAIN.double().numpy(), LABELS.numpy()).predict(QUERIES.double().numpy())
+
+
+def ours(neighbors: int = 10, temperature: float = 0.07, **given: object) -> Tensor:
+    options = {"neighbors": neighbors, "num_classes": CLASSES, "temperature": temperature} | given
+    return knn_predictions(TRAIN, LABELS, QUERIES, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 1e3])
+@pytest.mark.parametrize("neighbors", [1, 10, 20, 300])
+def test_predictions_are_those_of_scikit_learn(neighbors: int, temperature: float):
+    np.testing.assert_array_equal(ours(neighbors, temperature).numpy(), scikit(neighbors, temperature))
+
+
+def test_the_test_data_is_neither_trivial_nor_hopeless():
+    assert 0.5 < float((ours() == TRUTH).float().mean()) < 0.99
+
+
+def test_the_length_of_a_feature_does_not_matter():
+    scaled = knn_predictions(TRAIN * 7, LABELS, QUERIES * 0.01, neighbors=10, num_classes=CLASSES, temperature=0.07)
+    assert torch.equal(scaled, ours())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 101, 500])
+def test_chunks_do_not_change_predictions(chunk: int):
+    assert torch.equal(ours(chunk=chunk), ours())
+
+
+def test_more_neighbors_than_features_are_all_features():
+    assert torch.equal(ours(neighbors=10_000), ours(neighbors=300))
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-3, 1e-4])
+def test_at_a_low_temperature_the_nearest_neighbor_decides(temperature: float):
+    nearest = KNeighborsClassifier(1, metric="cosine", algorithm="brute").fit(TRAIN.numpy(), LABELS.numpy())
+    similarity = torch.nn.functional.normalize(QUERIES, dim=1) @ torch.nn.functional.normalize(TRAIN, dim=1).T
+    first, second = similarity.topk(2, dim=1).values.T
+    is_clear = (first - second) / temperature > 5
+    assert int(is_clear.sum()) > 10
+    expected = torch.from_numpy(nearest.predict(QUERIES.numpy()))
+    assert torch.equal(ours(neighbors=2, temperature=temperature)[is_clear], expected[is_clear])
+
+
+def test_far_queries_are_voted_on_too():
+    found = knn_predictions(
+        torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([2, 2]), torch.tensor([[-1.0, 0.05]]),
+        neighbors=2, num_classes=3, temperature=0.01,
+    )  # fmt: skip
+    assert found.tolist() == [2]
+
+
+def test_classes_that_no_feature_has_are_never_predicted():
+    assert int(ours(num_classes=CLASSES + 3).max()) < CLASSES

@@ -1,0 +1,308 @@
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from quarterlight.ssl.augment import CenterCrop, RandomCrop
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.index import ShardIndex, open_index
+from quarterlight.ssl.loader import Batch, EvalSpans, Samples, Spans, build_loader, refuse_bad, refuse_unlabelled
+from quarterlight.ssl.masking import MaskSampler
+from quarterlight.ssl.order import FileOrder, ShuffledOrder
+
+COUNT, BATCH, STEPS = 22, 8, 9
+DAMAGED = (3, 13)
+
+
+def pixels_of(i: int, height: int = 24, width: int = 30) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def encoded(i: int, format: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_of(i)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, *, format: str = "JPEG", damaged: tuple[int, ...] = ()) -> str:
+    """Returns the pattern of three shards; damaged images have a good header and a middle of zeros."""
+    with webdataset.ShardWriter(f"{folder}/train-%06d.tar", maxcount=8, verbose=0) as writer:
+        for i in range(COUNT):
+            data = encoded(i, format)
+            if i in damaged:
+                data = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+            writer.write({"__key__": f"{i:02d}", "jpg" if format == "JPEG" else "png": data, "cls": i % 5})
+    return str(folder / "train-*.tar")
+
+
+MORE_WORKERS_THAN_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> ShardIndex:
+    return open_index(write_shards(tmp_path_factory.mktemp("good")))
+
+
+@pytest.fixture(scope="module")
+def damaged_index(tmp_path_factory) -> ShardIndex:
+    return open_index(write_shards(tmp_path_factory.mktemp("damaged"), damaged=DAMAGED))
+
+
+def samples_of(index: ShardIndex, seed: int = 0, **changes) -> Samples:
+    order = ShuffledOrder(np.arange(len(index)), seed)
+    crop = RandomCrop((16, 16), (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
+    return Samples(
+        **{"index": index, "order": order, "transform": crop, "seed": seed, "masks": MaskSampler(16, 0.75)} | changes
+    )
+
+
+def batches_of(
+    samples: Samples,
+    steps: range,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    micro: int | None = None,
+    num_workers: int = 0,
+) -> list[Batch]:
+    micro = micro or BATCH // world_size
+    spans = Spans(steps, batch_size=BATCH, micro_batch_size=micro, rank=rank, world_size=world_size)
+    return list(build_loader(samples, spans, num_workers=num_workers))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = [(a.images, b.images), (a.labels, b.labels), *zip(a.masking or (), b.masking or (), strict=True)]
+    return all(torch.equal(x, y) for x, y in tensors) and a.keys == b.keys and a.bad == b.bad
+
+
+def joined(batches: list[Batch]) -> Batch:
+    masking = type(batches[0].masking)(*(torch.cat(parts) for parts in zip(*(b.masking for b in batches), strict=True)))
+    return Batch(
+        torch.cat([b.images for b in batches]),
+        torch.cat([b.labels for b in batches]),
+        masking,
+        [key for b in batches for key in b.keys],
+        [bad for b in batches for bad in b.bad],
+    )
+
+
+# Which positions.
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_a_step_reads_the_same_positions_in_any_split(world_size):
+    per_rank = 24 // world_size
+    for micro in [m for m in range(1, per_rank + 1) if per_rank % m == 0]:
+        ranks = [
+            Spans(range(3, 6), batch_size=24, micro_batch_size=micro, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        spans = [list(rank) for rank in ranks]
+        assert {len(rank) for rank in ranks} == {len(own) for own in spans} == {3 * per_rank // micro}
+        passes = per_rank // micro
+        for i, step in enumerate((3, 4, 5)):
+            read = [p for own in spans for span in own[i * passes : (i + 1) * passes] for p in range(*span)]
+            assert read == list(range(step * 24, (step + 1) * 24))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 22, 23])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_an_evaluation_reads_each_sample_once(world_size, count, batch_size):
+    ranks = [EvalSpans(count, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    spans = [list(rank) for rank in ranks]
+    assert [p for own in spans for span in own for p in range(*span)] == list(range(count))
+    assert [len(rank) for rank in ranks] == [len(own) for own in spans]
+    assert all(0 < stop - start <= batch_size for own in spans for start, stop in own)
+    sizes = [sum(stop - start for start, stop in own) for own in spans]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_an_evaluation_counts_each_image_once_over_all_ranks(index, world_size):
+    samples = samples_of(index, order=FileOrder(np.arange(COUNT)), transform=CenterCrop((16, 16), 0.875), masks=None)
+    keys = []
+    for rank in range(world_size):
+        spans = EvalSpans(COUNT, batch_size=4, rank=rank, world_size=world_size)
+        keys += [key for batch in build_loader(samples, spans, num_workers=0) for key in batch.keys]
+    assert keys == [f"{i:02d}" for i in range(COUNT)]
+
+
+# The same batches, bit for bit.
+
+
+@MORE_WORKERS_THAN_CORES
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_batches_do_not_depend_on_the_number_of_workers(index, num_workers):
+    alone = batches_of(samples_of(index), range(STEPS))
+    assert len(alone) == STEPS
+    shared = batches_of(samples_of(index), range(STEPS), num_workers=num_workers)
+    assert all(map(same, alone, shared))
+    assert len(shared) == STEPS
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_may_start_at_any_step(index, num_workers):
+    whole = batches_of(samples_of(index), range(STEPS))
+    for first in range(STEPS) if num_workers == 0 else (1, 6):
+        rest = batches_of(samples_of(index), range(first, STEPS), num_workers=num_workers)
+        assert len(rest) == STEPS - first
+        assert all(map(same, rest, whole[first:]))
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 4), (2, 2), (4, 1), (8, 1)])
+def test_a_step_has_the_same_pixels_labels_and_masks_in_any_split(damaged_index, world_size, micro):
+    samples = samples_of(damaged_index)
+    whole = batches_of(samples, range(STEPS))
+    ranks = [batches_of(samples, range(STEPS), rank=r, world_size=world_size, micro=micro) for r in range(world_size)]
+    passes = BATCH // world_size // micro
+    for step in range(STEPS):
+        assert same(joined([b for own in ranks for b in own[step * passes : (step + 1) * passes]]), whole[step])
+
+
+def test_workers_that_stay_give_the_same_second_pass(index):
+    samples = samples_of(index, order=FileOrder(np.arange(COUNT)), transform=CenterCrop((16, 16), 0.875), masks=None)
+    spans = EvalSpans(COUNT, batch_size=5, rank=0, world_size=1)
+    loader = build_loader(samples, spans, num_workers=2, persistent=True)
+    first, second = list(loader), list(loader)
+    assert all(map(same, first, second))
+    assert len(first) == len(second) == 5
+
+
+def test_another_seed_or_epoch_gives_other_crops_masks_and_order(index):
+    epochs = [joined(batches_of(samples_of(index, seed), range(11))) for seed in (0, 1)]  # 88 samples: four epochs
+    for batch in epochs:
+        assert sorted(batch.keys[:COUNT]) == sorted(batch.keys[COUNT : 2 * COUNT]) == [f"{i:02d}" for i in range(COUNT)]
+        assert batch.keys[:COUNT] != batch.keys[COUNT : 2 * COUNT]
+        of_one_sample = [i for i, key in enumerate(batch.keys) if key == "07"]
+        assert len(of_one_sample) == 4
+        assert len({batch.images[i].numpy().tobytes() for i in of_one_sample}) == 4
+        assert len({batch.masking.ids_keep[i].numpy().tobytes() for i in of_one_sample}) == 4
+    assert epochs[0].keys != epochs[1].keys
+
+
+def test_the_first_batches_are_those_that_earlier_runs_have_seen(tmp_path):
+    lossless = open_index(write_shards(tmp_path, format="PNG"))
+    whole = RandomCrop((24, 30), (1.0, 1.0), (30 / 24, 30 / 24), 0.5)  # a flip and no resizing: the same on every CPU
+    batch = joined(batches_of(samples_of(lossless, 42, transform=whole), range(5)))
+    assert batch.keys[:BATCH] == ["17", "05", "00", "06", "16", "08", "18", "15"]
+    assert batch.masking.ids_keep[:3].tolist() == [[11, 9, 7, 2], [10, 4, 14, 13], [4, 15, 12, 14]]
+    assert hashlib.sha256("".join(batch.keys).encode()).hexdigest()[:16] == "9022353fe45f3b6f"
+    assert hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()[:16] == "3ddf5e60ab6e3fde"
+    assert hashlib.sha256(batch.masking.ids_keep.numpy().astype("<i8").tobytes()).hexdigest()[:16] == "393ad32dbcf068f8"
+
+
+# What is in a batch.
+
+
+def test_a_batch_holds_what_its_shards_hold(index):
+    samples = samples_of(index, order=FileOrder(np.arange(COUNT)), transform=CenterCrop((24, 30), 1.0), masks=None)
+    batch = samples.__getitems__((2, 20))
+    assert batch.images.shape == (18, 24, 30, 3) and batch.images.dtype == torch.uint8
+    assert batch.keys == [f"{i:02d}" for i in range(2, 20)]
+    assert batch.labels.tolist() == [i % 5 for i in range(2, 20)]
+    assert batch.masking is None and batch.bad == []
+    for i in range(18):
+        decoded = np.array(Image.open(io.BytesIO(encoded(2 + i, "JPEG"))))
+        assert np.array_equal(batch.images[i], decoded)
+
+
+def test_a_subset_is_read_and_nothing_else(index):
+    batch = joined(batches_of(samples_of(index, order=ShuffledOrder(np.array([4, 9, 11]), 0)), range(3)))
+    assert sorted(set(batch.keys)) == ["04", "09", "11"]
+    assert [batch.keys.count(key) for key in ("04", "09", "11")] == [8, 8, 8]
+
+
+def test_grey_batches_have_one_channel(index):
+    batch = samples_of(index, in_chans=1).__getitems__((0, 4))
+    assert batch.images.shape == (4, 16, 16, 1)
+
+
+def test_masks_keep_a_quarter_of_the_units(index):
+    masking = samples_of(index).__getitems__((0, 6)).masking
+    assert masking.ids_keep.shape == (6, 4)
+    assert masking.is_masked.sum(1).tolist() == [12] * 6
+
+
+def test_a_batch_moves_as_a_whole(index):
+    batch = samples_of(index).__getitems__((0, 2))
+    assert same(batch.to(torch.device("cpu")), batch)
+    moved = batch.to(torch.device("meta"))
+    assert {x.device.type for x in (moved.images, moved.labels, *moved.masking)} == {"meta"}
+
+
+# Damage.
+
+
+def test_a_damaged_image_is_replaced_and_listed(index, damaged_index):
+    good = joined(batches_of(samples_of(index), range(STEPS)))
+    batch = joined(batches_of(samples_of(damaged_index), range(STEPS)))
+    wanted = [i for i, key in enumerate(good.keys) if int(key) in DAMAGED]
+    assert len(wanted) >= 6
+    assert len(batch.bad) >= len(wanted)
+    assert {bad.key for bad in batch.bad} == {f"{i:02d}" for i in DAMAGED}
+    assert {Path(bad.shard).name for bad in batch.bad} == {"train-000000.tar", "train-000001.tar"}
+    assert all(bad.reason for bad in batch.bad)
+    for i, key in enumerate(batch.keys):
+        assert int(key) not in DAMAGED
+        assert batch.labels[i] == int(key) % 5
+        if i not in wanted:
+            assert key == good.keys[i] and torch.equal(batch.images[i], good.images[i])
+    assert len({batch.keys[i] for i in wanted}) > 1, "another replacement at another position"
+
+
+@MORE_WORKERS_THAN_CORES
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_replacements_do_not_depend_on_the_number_of_workers(damaged_index, num_workers):
+    alone = batches_of(samples_of(damaged_index), range(STEPS))
+    assert all(map(same, alone, batches_of(samples_of(damaged_index), range(STEPS), num_workers=num_workers)))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+def test_reading_a_span_twice_replaces_and_lists_the_same(damaged_index, order):
+    orders = {"shuffled": ShuffledOrder(np.arange(COUNT), 0), "file": FileOrder(np.arange(COUNT))}
+    samples = samples_of(damaged_index, order=orders[order])
+    first, second = (samples.__getitems__((0, COUNT)) for _ in range(2))
+    assert len(first.bad) >= 2
+    assert same(first, second)
+
+
+def test_a_replacement_comes_from_the_chosen_subset(damaged_index):
+    samples = samples_of(damaged_index, order=ShuffledOrder(np.array([3, 4, 5]), 0))
+    assert set(samples.__getitems__((0, 30)).keys) == {"04", "05"}
+
+
+def test_nothing_but_damage_still_gives_a_batch(damaged_index):
+    samples = samples_of(damaged_index, order=ShuffledOrder(np.array(DAMAGED), 0))
+    batch = samples.__getitems__((0, 3))
+    assert batch.images.shape == (3, 16, 16, 3)
+    assert len(batch.bad) >= 3
+
+
+def test_a_shard_that_shrinks_after_it_was_indexed_counts_as_damage(tmp_path):
+    pattern = write_shards(tmp_path)
+    index = open_index(pattern)
+    with index.paths[1].open("r+b") as file:
+        file.truncate(int(index.offset[10]) + 40)
+    batch = joined(batches_of(samples_of(index), range(3)))
+    assert {bad.key for bad in batch.bad} <= {f"{i:02d}" for i in range(10, 16)}
+    assert len(batch.bad) >= 6
+    assert not set(batch.keys) & {f"{i:02d}" for i in range(10, 16)}
+
+
+def test_an_evaluation_refuses_damage_by_name(damaged_index):
+    batch = samples_of(damaged_index).__getitems__((0, COUNT))
+    with pytest.raises(InputError, match=r"train-00000[01].tar: sample (03|13)"):
+        refuse_bad(batch.bad)
+    refuse_bad([])
+
+
+def test_missing_labels_are_refused_with_their_number():
+    with pytest.raises(InputError, match="data.val: 2 of 4 samples have no label"):
+        refuse_unlabelled(np.array([0, -1, 3, -1]), "data.val")
+    refuse_unlabelled(np.array([0, 3]), "data.val")
