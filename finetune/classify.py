@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
@@ -26,7 +25,7 @@ from quarterlight.ssl.runs import open_run, write_run_files
 
 from .config import FinetuneConfig
 from .evaluate import evaluate
-from .heads import build_classifier
+from .heads import build_classifier, layer_decay_groups
 from .mixing import MixedLoss
 
 CLASSIFIER_FILE, BEST_FILE = "classifier.safetensors", "classifier_best.safetensors"
@@ -75,12 +74,7 @@ def finetune(config: FinetuneConfig) -> Figures:
     )
     total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
     schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
-    groups = param_groups_layer_decay(
-        classifier,
-        config.optim.weight_decay,
-        no_weight_decay_list=classifier.no_weight_decay(),  # positions and class token, as in MAE's fine-tuning
-        layer_decay=config.optim.layer_decay,
-    )
+    groups = layer_decay_groups(classifier, config.optim)
     optimizer = build_adamw(groups, config.optim)
     crop = CenterCrop(size, config.data.crop_pct)
     val = Samples(

@@ -14,7 +14,7 @@ from quarterlight.ssl.encoders import Encoder
 from quarterlight.ssl.files import replace_file
 from quarterlight.ssl.loader import BadSample, EvalSpans, Samples, build_loader, refuse_bad
 
-Features = dict[str, Float[Tensor, "n D"]]  # by pooling: "avg" of the patch tokens, and "token", the class token
+Features = dict[str, Tensor]  # float32 [images, D] by pooling: "avg" of the patch tokens, "token" the class token
 
 
 def pooled(tokens: Float[Tensor, "B PN D"], encoder: Encoder) -> Features:

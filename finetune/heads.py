@@ -1,12 +1,16 @@
 """From an encoder to a timm classifier with the same weights and a new head."""
 
-from typing import Literal
+from typing import Any, Literal
 
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from quarterlight.ssl.encoders import create_timm_model
 from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.released import Weights, load_encoder, load_weights
+
+from .config import FinetuneOptimConfig
 
 
 def build_classifier(
@@ -28,3 +32,17 @@ def build_classifier(
     nn.init.trunc_normal_(classifier.head.weight, std=2e-5)
     nn.init.zeros_(classifier.head.bias)
     return classifier, built, report
+
+
+def layer_decay_groups(classifier: VisionTransformer, config: FinetuneOptimConfig) -> list[dict[str, Any]]:
+    """Returns parameter groups with `lr_scale` = layer_decay ** (layers above), and weight decay as in MAE's fine-tuning.
+
+    Positions, class token, biases and norms are not decayed. Differs from MAE: with `pool` "token" the final norm learns
+    at the rate of the last block, since timm counts it there; in MAE it learns at the head's rate. "avg" is MAE's.
+    """
+    return param_groups_layer_decay(
+        classifier,
+        config.weight_decay,
+        no_weight_decay_list=classifier.no_weight_decay(),
+        layer_decay=config.layer_decay,
+    )

@@ -25,7 +25,10 @@ def knn_predictions(
     found = []
     for part in F.normalize(queries, dim=1).split(chunk):
         similarity, nearest = (part @ bank.T).topk(min(neighbors, len(bank)), dim=1)  # [chunk, k]
-        weight = ((similarity - 1) / temperature).exp()  # -1 changes no ranking and keeps the exponent from overflowing
+        nearer = (
+            similarity - similarity[:, :1]
+        )  # relative to the nearest: changes no ranking, and cannot underflow to 0
+        weight = (nearer / temperature).exp()
         votes = torch.zeros(len(part), num_classes, device=part.device)
         found.append(votes.scatter_add_(1, train_labels[nearest], weight).argmax(dim=1))
     return torch.cat(found)

@@ -188,9 +188,10 @@ def probe_features(
 def _held_out(count: int, config: LinearProbeConfig) -> np.ndarray:
     """Returns True for a random `holdout_share` of the training features."""
     held = round(count * config.holdout_share)
-    if not 0 < held < count:
+    if not 0 < held < count - 1 or config.batch_size < 2:  # normalization over a batch needs two features
         raise InputError(
-            f"holdout_share {config.holdout_share} of {count} images holds out {held}: choose another share"
+            f"holdout_share {config.holdout_share} of {count} images holds out {held} and leaves {count - held}, in batches "
+            f"of {config.batch_size}: hold out at least 1, train on at least 2"
         )
     order = np.argsort(hashes(config.seed, "probe holdout", np.arange(count), 1)[:, 0], kind="stable")
     is_held = np.zeros(count, bool)

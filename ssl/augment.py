@@ -3,9 +3,10 @@
 Randomness comes in as uniform numbers, one row an image, so that a crop depends on nothing but the sample's position.
 """
 
+import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 
 from .config import DataConfig
@@ -78,10 +80,11 @@ class RandomCrop:
             image = image.flip(1)
         if self._policy is None:
             return image
-        seed = int(u[1] * 2**32)
-        random.seed(seed)  # timm draws from both global generators
-        np.random.seed(seed)
-        augmented = self._policy(Image.fromarray(image.squeeze(2).numpy() if image.shape[2] == 1 else image.numpy()))
+        pixels = image.squeeze(2).numpy() if image.shape[2] == 1 else image.numpy()
+        with _seeded(int(u[1] * 2**32)):
+            augmented = self._policy(Image.fromarray(pixels).convert("RGB"))  # a policy fills with a color
+        if image.shape[2] == 1:
+            augmented = augmented.convert("L")
         return torch.from_numpy(np.array(augmented)).view(image.shape)
 
     @cached_property
@@ -90,8 +93,23 @@ class RandomCrop:
             return None
         from timm.data.auto_augment import rand_augment_transform
 
-        hparams = {"translate_const": int(min(self.size) * 0.45), "img_mean": (124, 116, 104)}
-        return rand_augment_transform(self.auto_augment, hparams)
+        fill = tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN)
+        return rand_augment_transform(
+            self.auto_augment, {"translate_const": int(min(self.size) * 0.45), "img_mean": fill}
+        )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the two global generators that timm's policies draw from, and leaves them as they were."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def random_crop(data: DataConfig, size: tuple[int, int]) -> RandomCrop:

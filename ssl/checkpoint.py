@@ -54,7 +54,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         moments = load_file(folder / "optimizer.safetensors")
         progress = json.loads((folder / "progress.json").read_text())
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{folder}: this state cannot be loaded ({first_line}); delete it to use the one before"
         ) from error

@@ -1,16 +1,20 @@
 """From a command line to a checked config, and from a user's mistake to one sentence.
 
-A command is `run_command(parse, run)`: `parse` is quick and imports nothing heavy, `run` does the work.
+A command is `run_command(parse_options, run)`: the first is quick and imports nothing heavy, the second does the work.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from .errors import InputError, did_you_mean
@@ -57,9 +61,9 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def parser_for(config_class: type, description: str, positionals: Sequence[tuple[str, str]] = ()) -> CommandParser:
     """Returns a parser with one option for each field of `config_class`, `--config FILE` and `--print_config`."""
-    names = " ".join(name.upper() for name, _ in positionals)
-    usage = f"%(prog)s {names} [--config FILE ...] [--KEY VALUE ...]".replace("  ", " ")
-    parser = CommandParser(description=description, usage=usage)
+    names = "".join(f" {name.upper()}" for name, _ in positionals)
+    usage = f"%(prog)s{names} [--config FILE ...] [--KEY VALUE ...]"
+    parser = CommandParser(description=description, usage=usage, allow_abbrev=False)
     for name, text in positionals:
         parser.add_argument(name, metavar=name.upper(), help=text)
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
@@ -67,25 +71,49 @@ def parser_for(config_class: type, description: str, positionals: Sequence[tuple
     return parser
 
 
-def parse_config(config_class: type[Config], description: str, args: Sequence[str] | None = None) -> Config:
+def parse(parser: CommandParser, args: Sequence[str] | None = None) -> Namespace:
+    """Returns the options that `args` (default: the command line) and its `--config` files give."""
+    words = list(sys.argv[1:] if args is None else args)
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word == "--config" or word.startswith("--config="):
+            _check_config_file(word.partition("=")[2] or following)
+    silence = contextlib.nullcontext() if is_local_main() else contextlib.redirect_stdout(io.StringIO())
+    with silence:  # --help and --print_config speak once, too
+        return parser.parse_args(words)
+
+
+def _check_config_file(name: str) -> None:
+    """Ends the command when a config file is no YAML mapping; the parser's own errors do not name the file."""
+    path = Path(name)
+    if not path.is_file():
+        return  # the parser says so
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"{path} is not a YAML file: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        fail(f"{path} holds no options: write them as KEY: VALUE")
+
+
+def parse_config(config_class: type[Config], description: str | None, args: Sequence[str] | None = None) -> Config:
     """Returns the config that `args` (default: the command line) and its `--config` files give."""
-    parser = parser_for(config_class, description)
-    return instantiate(parser, config_class, parser.parse_args(args))
+    parser = parser_for(config_class, description or "")
+    return instantiate(parser, config_class, parse(parser, args))
 
 
 def instantiate(parser: CommandParser, config_class: type[Config], parsed: Namespace) -> Config:
     """Returns `config_class` built from parsed arguments."""
     parsed.pop("config", None)
-    try:
-        return config_class(**vars(parser.instantiate(parsed)))
-    except TypeError as error:  # jsonargparse lets a scalar pass where a group is expected (`optim: 3`)
-        groups = [name for name, value in vars(parsed).items() if not isinstance(value, Namespace)]
-        fail(f"a group of options was given a single value (one of {', '.join(groups)}): {error}")
+    for name in vars(parsed):  # jsonargparse lets a scalar pass where a group is expected (`optim: 3`)
+        is_group = any(action.dest.startswith(f"{name}.") for action in parser._actions)
+        if is_group and not isinstance(parsed[name], Namespace):
+            fail(f"{name} is a group of options, not a value ({parsed[name]}): give {name}.OPTION")
+    return config_class(**vars(parser.instantiate(parsed)))
 
 
-def run_command(parse: Callable[[], Any], run: Callable[[Any], object]) -> None:
+def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) -> None:
     """Runs a command; a mistake of the user's or a refusal of the system's ends it with one sentence and status 1."""
-    config = parse()
+    config = parse_options()
     try:
         run(config)
     except (InputError, OSError) as error:

@@ -36,10 +36,14 @@ def shard_paths(patterns: str | Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for part in braceexpand.braceexpand(os.path.expanduser(pattern)):
+        try:
+            parts = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
+        except braceexpand.UnbalancedBracesError as error:
+            raise InputError(f"shards: the braces in {pattern} do not match") from error
+        for part in parts:
             if "://" in part:
                 raise InputError(f"{part}: only shards on local disks are read")
-            matches = sorted(glob.glob(part))
+            matches = [part] if os.path.exists(part) else sorted(glob.glob(part))
             if not matches:
                 reason = "matches no file" if glob.has_magic(part) else "does not exist"
                 raise InputError(f"shards: {part} {reason} (seen from {Path.cwd()})")
@@ -82,6 +86,8 @@ def scan_shard(path: Path) -> ShardEntries:
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
+                if not stem or not extension:  # dot files and bare names are no part of a sample, as in webdataset
+                    continue
                 name = (f"{folder}/{stem}" if folder else stem).replace("\n", " ")  # the sidecar holds a key a line
                 if name != key:
                     close_sample(tar)
@@ -102,18 +108,21 @@ def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path: Path
         return UNLABELLED
     text = file.read()
     try:
-        return int(text if extension == "cls" else json.loads(text).get("label", UNLABELLED))
-    except (ValueError, TypeError, AttributeError) as error:
+        label = int(text) if extension == "cls" else json.loads(text).get("label", UNLABELLED)
+        if isinstance(label, float) and not label.is_integer():
+            raise ValueError("a fraction")
+        return int(np.int64(int(label)))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: label of {key}.{extension} is {text[:40]!r}, not a whole number") from error
 
 
 def _check_end(path: Path, end: int) -> None:
-    """tarfile takes a damaged header for the end; only two blocks of zeros (or a bare end of file) are the end."""
+    """tarfile takes a damaged header for the end; only zeros from there on (or a bare end of file) are the end."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(end)
-        rest = file.read(1024)
-    if end > size or rest.strip(b"\0"):
+        zeros_only = not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
+    if end > size or not zeros_only:
         at = f"ends at byte {size}, in the middle of a file" if end > size else f"is damaged at byte {end} of {size}"
         raise InputError(f"{path}: the tar {at}; write it again or leave it out")
 
@@ -162,7 +171,7 @@ class ShardIndex:
         """Returns a hash of what the samples are and in which order; the same wherever the shards lie."""
         digest = hashlib.sha256()
         for keys, path in zip(self._keys, self.paths, strict=True):
-            digest.update("\n".join([path.name, *keys]).encode())
+            digest.update("\n".join([path.name, *keys]).encode("utf-8", "surrogateescape"))
         digest.update(self.size.tobytes() + self.label.tobytes())
         return digest.hexdigest()[:16]
 
@@ -222,14 +231,14 @@ def _write_sidecar(path: Path, known: dict[_Stamp, ShardEntries]) -> None:
 def _read_sidecar(path: Path) -> dict[_Stamp, ShardEntries]:
     """Returns what the sidecar knows; nothing when there is none, or when it is damaged (it is then written anew)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}
         stamps = list(zip(*(columns[f"shard_{x}"].tolist() for x in ("name", "size", "mtime_ns")), strict=True))
         cuts = np.cumsum(columns["count"])[:-1]
         keys = columns["keys"].tobytes().decode("utf-8", "surrogateescape").split("\n")
         split = {name: np.split(columns[name], cuts) for name in ("offset", "size", "label")}
         bounds = np.concatenate([[0], np.cumsum(columns["count"])])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):  # all by zipfile
         return {}
     return {
         stamp: ShardEntries(split["offset"][i], split["size"][i], split["label"][i], keys[bounds[i] : bounds[i + 1]])

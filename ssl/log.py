@@ -29,8 +29,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # seconds of imports, paid by one process
 
         if self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines(keepends=True)
-            write_text(self.metrics_path, "".join(line for line in lines if _step_of(line) <= first_step))
+            lines = self.metrics_path.read_text().splitlines()
+            write_text(self.metrics_path, "".join(f"{line}\n" for line in lines if _step_of(line) <= first_step))
         self.writer = SummaryWriter(run_dir, purge_step=first_step + 1)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)

@@ -53,16 +53,20 @@ class FileOrder:
 
     def ids(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
         """Returns the sample ids at positions start, ..., stop - 1."""
-        return self.samples[start:stop]
+        return self.samples[start:stop].copy()  # the loader writes replacements into it
 
 
 def labelled_subset(labels: Int[np.ndarray, " n"], samples_per_class: int | None, seed: int) -> Int[np.ndarray, " m"]:
     """Returns the ids of `samples_per_class` samples of each class, drawn by `seed`; null: all samples.
 
-    Raises InputError when a class has fewer.
+    Raises InputError when there are no labels, or when a class has fewer.
     """
     if samples_per_class is None:
         return np.arange(len(labels))
+    if samples_per_class < 1:
+        raise InputError(f"samples_per_class is {samples_per_class}: give at least 1, or null for all samples")
+    if not (labels >= 0).any():
+        raise InputError("samples_per_class is given, but no sample has a label (no .cls or .json in the shards)")
     rank = hashes(seed, "labelled subset", np.arange(len(labels)), 1)[:, 0]
     chosen = []
     for label in np.unique(labels[labels >= 0]):

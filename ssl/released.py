@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from .config import DataConfig, EncoderConfig
 from .encoders import Encoder, build_encoder
@@ -60,7 +63,7 @@ def _read_safetensors(path: Path) -> Weights:
         spec = None
         if "architecture" in metadata:
             mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
-            spec = ModelSpec(metadata["architecture"], json.loads(metadata["timm_args"]), mean, std)
+            spec = ModelSpec(metadata["architecture"], _headless(json.loads(metadata["timm_args"])), mean, std)
     except (SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"init {path}: not a readable safetensors file ({error})") from error
     return Weights(str(path), _encoder_tensors(tensors), spec)
@@ -72,7 +75,9 @@ def _read_pickled(path: Path) -> Weights:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for what is not its own format
-        raise InputError(f"init {path}: not a readable weights file ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"init {path}: not a readable weights file ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -92,10 +97,15 @@ def _read_timm(name: str) -> Weights:
             f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
         ) from error
     cfg = model.pretrained_cfg
-    args = {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
-    args |= cfg.get("model_args") or {}
+    args = _headless(getattr(model, "_model_args", {}))  # what a hub folder's config.json adds to the name
+    args |= {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
     spec = ModelSpec(cfg.get("architecture") or name, args, tuple(cfg["mean"]), tuple(cfg["std"]))
     return Weights(name, _encoder_tensors(model.state_dict()), spec)
+
+
+def _headless(args: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the encoder below a classifier: the same without its classes."""
+    return {key: value for key, value in args.items() if key != "num_classes"}
 
 
 def _encoder_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +151,7 @@ def load_encoder(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str
     return encoder, load_weights(encoder.timm, weights)
 
 
-def load_weights(model: nn.Module, weights: Weights) -> str:
+def load_weights(model: VisionTransformer, weights: Weights) -> str:
     """Loads an encoder's weights into a timm model, resizing positions to its grid. Returns a sentence on what matched.
 
     A classifier's own layers (`head`, `fc_norm`) keep their values; a final norm that moved behind the pooling (`norm`)
@@ -150,11 +160,14 @@ def load_weights(model: nn.Module, weights: Weights) -> str:
     wanted = {name: x for name, x in model.state_dict().items() if not name.startswith(HEAD)}
     given = dict(weights.tensors)
     note = ""
-    if "pos_embed" in given and "pos_embed" in wanted and given["pos_embed"].shape[1] != wanted["pos_embed"].shape[1]:
-        old = _old_grid(weights, model)
-        new, prefix = model.patch_embed.grid_size, 0 if model.no_embed_class else model.num_prefix_tokens
-        given["pos_embed"] = resample_abs_pos_embed(given["pos_embed"], list(new), old, num_prefix_tokens=prefix)
-        note = f"; positions resized to {new[0]} x {new[1]} patches"
+    if "pos_embed" in given and "pos_embed" in wanted:
+        new, old = tuple(model.patch_embed.grid_size), _old_grid(weights, model)
+        if old != new:
+            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+            given["pos_embed"] = resample_abs_pos_embed(
+                given["pos_embed"], list(new), list(old), num_prefix_tokens=prefix
+            )
+            note = f"; positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
     matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
     unused = sorted(name for name in given.keys() - wanted.keys())
     if len(matched) < len(wanted):
@@ -173,12 +186,27 @@ def load_weights(model: nn.Module, weights: Weights) -> str:
     return f"{weights.source}: {len(matched)} of {len(wanted)} encoder tensors loaded{note}"
 
 
-def _old_grid(weights: Weights, model: nn.Module) -> list[int] | None:
-    """Returns the grid that the weights' positions were made for; None lets timm assume a square one."""
-    if weights.spec is None or weights.spec.args.get("img_size") is None:
-        return None
-    patch = weights.tensors["patch_embed.proj.weight"].shape[-2:]
-    return [side // p for side, p in zip(pair(weights.spec.args["img_size"]), patch, strict=True)]
+def _old_grid(weights: Weights, model: VisionTransformer) -> tuple[int, int]:
+    """Returns the grid (high, wide) that the weights' positions were made for.
+
+    Where they do not say, it is the model's own if the number fits, else a square one. Raises InputError when neither can be.
+    """
+    if weights.spec is not None and weights.spec.args.get("img_size") is not None:
+        patch = weights.tensors["patch_embed.proj.weight"].shape[-2:]
+        height, width = (side // p for side, p in zip(pair(weights.spec.args["img_size"]), patch, strict=True))
+        return height, width
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    count = weights.tensors["pos_embed"].shape[1] - prefix
+    new = model.patch_embed.grid_size
+    if new[0] * new[1] == count:
+        return new[0], new[1]
+    side = math.isqrt(max(0, count))
+    if side * side != count:
+        raise InputError(
+            f"init {weights.source}: holds positions of {count} patches, which is no square grid, and does not say which "
+            f"grid it is (the model has {new[0]} x {new[1]}): give encoder.img_size as the weights were trained"
+        )
+    return side, side
 
 
 def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:

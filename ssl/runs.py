@@ -36,7 +36,7 @@ def open_run(config: RunConfig) -> Path:
             raise InputError(
                 f"run_dir {run_dir} holds a run and resume is never: choose another run_dir or --resume auto"
             )
-        if differences := _differences(yaml.safe_load(saved.read_text()), plain(config)):
+        if differences := _differences(_read_config(saved), config):
             raise InputError(
                 f"run_dir {run_dir} holds a run with another configuration ({'; '.join(differences)}): "
                 "give the same options to continue it, or another run_dir"
@@ -84,7 +84,36 @@ def git_commit() -> str | None:
         return None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    before, now = flat(old), flat(new)
-    changed = [key for key in before.keys() & now.keys() if before[key] != now[key] and key not in NEUTRAL]
-    return [f"{key} was {before[key]}, is {now[key]}" for key in sorted(changed)]
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): choose another run_dir") from error
+    if not isinstance(saved, dict):
+        raise InputError(f"{path} holds no configuration: choose another run_dir")
+    return saved
+
+
+def _differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """Returns what differs and matters. An option that the saved run did not know yet counts as left at its default."""
+    before, now, defaults = flat(saved), flat(plain(config)), flat(_defaults(config))
+    changed = []
+    for key in sorted((before.keys() | now.keys()) - NEUTRAL):
+        was, value = before.get(key, defaults.get(key, "not given")), now.get(key, "not given")
+        if was != value:
+            changed.append(f"{key} was {was}, is {value}")
+    return changed
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Returns the values that the options have when they are not given, without those that must be."""
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if dataclasses.is_dataclass(value):
+            found[option.name] = _defaults(value)
+        elif option.default is not dataclasses.MISSING:
+            found[option.name] = json.loads(json.dumps(option.default))
+        elif option.default_factory is not dataclasses.MISSING:
+            found[option.name] = option.default_factory()
+    return found

@@ -53,13 +53,15 @@ def write_shards(source: str, out_dir: str, config: ShardsConfig) -> dict[str, A
         raise InputError(f"shard_size_mb {config.shard_size_mb} is not positive")
     if config.resize is not None and config.resize < 1:
         raise InputError(f"resize {config.resize} is not a number of pixels")
+    if not 1 <= config.quality <= 100:
+        raise InputError(f"quality {config.quality} is not in 1-100")
     found = read_source(source, labels=config.labels, val_share=config.val_share, seed=config.seed)
     out = Path(out_dir)
     plan = _plan(found, config)
-    journal = _open(out, plan)
-    if journal.get("finished"):
-        print(f"{out} is complete already: {_summary(journal)}")
-        return journal
+    if (dataset := _finished(out, plan)) is not None:
+        print(f"{out} is complete already: {_summary(dataset)}")
+        return dataset
+    journal = _open_journal(out, plan)
     for split, images in found.splits.items():
         rank = hashes(config.seed, f"shards of {split}", np.arange(len(images)), 1)[:, 0]
         shuffled = [images[i] for i in np.argsort(rank, kind="stable")]
@@ -73,6 +75,7 @@ def _plan(found: Source, config: ShardsConfig) -> str:
     """Returns a hash of everything that decides what the shards hold."""
     digest = hashlib.sha256()
     options = {key: value for key, value in dataclasses.asdict(config).items() if key != "num_workers"}
+    options["shard_size_mb"] = float(config.shard_size_mb)  # 256 and 256.0 are the same size
     digest.update(json.dumps([options, found.classes]).encode())
     for split, images in found.splits.items():
         for image in images:
@@ -81,22 +84,49 @@ def _plan(found: Source, config: ShardsConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open(out: Path, plan: str) -> dict[str, Any]:
-    """Returns the journal of an interrupted or finished run of the same plan, or a new one."""
+def _finished(out: Path, plan: str) -> dict[str, Any] | None:
+    """Returns what dataset.json holds when all shards of this plan are there; None when there is work to do."""
+    if not (out / DATASET_FILE).exists():
+        return None
+    dataset = _same_plan(out / DATASET_FILE, plan)
+    shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
+    for shard in shards:
+        path = out / shard["name"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            raise InputError(
+                f"{path} is missing or not as it was written: delete {out / DATASET_FILE} and the tars and run this again"
+            )
+    _remove_leftovers(out)
+    (out / JOURNAL_FILE).unlink(missing_ok=True)
+    return dataset
+
+
+def _open_journal(out: Path, plan: str) -> dict[str, Any]:
+    """Returns the journal of an interrupted run of the same plan, or a new one, on disk before the first shard is."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in (DATASET_FILE, JOURNAL_FILE):
-        if (out / name).exists():
-            journal = json.loads((out / name).read_text())
-            if journal.get("plan") != plan:
-                raise InputError(
-                    f"{out} holds shards of other images or options: choose another folder, or delete this one"
-                )
-            for leftover in out.glob(".*.partial"):
-                leftover.unlink()
-            return journal | {"finished": name == DATASET_FILE}
-    if any(out.glob("*.tar")):
+    if (out / JOURNAL_FILE).exists():
+        journal = _same_plan(out / JOURNAL_FILE, plan)
+    elif any(out.glob("*.tar")):
         raise InputError(f"{out} already holds tars that this command did not write: choose another folder")
-    return {"plan": plan, "shards": []}
+    else:
+        journal = {"plan": plan, "shards": []}
+        write_json(out / JOURNAL_FILE, journal)
+    _remove_leftovers(out)
+    return journal
+
+
+def _same_plan(path: Path, plan: str) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if found.get("plan") != plan:
+        raise InputError(
+            f"{path.parent} holds shards of other images or options: choose another folder, or delete this one"
+        )
+    return found
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in out.glob(".*.partial"):
+        leftover.unlink()
 
 
 def _write_split(

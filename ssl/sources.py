@@ -80,11 +80,8 @@ def _cifar10(val_share: float | None, seed: int) -> Source:
 def _folder(root: Path, labels: Literal["auto", "folders", "none"], val_share: float | None, seed: int) -> Source:
     if not root.is_dir():
         raise InputError(f"source {root}: no such folder (and not one of: digits, cifar10)")
-    own = {child.name.lower(): child for child in sorted(root.iterdir()) if child.is_dir()}
-    train = next((own[name] for name in TRAIN_FOLDERS if name in own), None)
-    val = next((own[name] for name in VAL_FOLDERS if name in own), None)
-    roots = {"train": train, "val": val} if val_share is None and train and val else {"train": root}
-    files = {split: list(_images_below(folder)) for split, folder in roots.items() if folder}
+    roots = _split_folders(root, val_share)
+    files = {split: list(_images_below(folder)) for split, folder in roots.items()}
     for split, paths in files.items():
         if not paths:
             raise InputError(f"source {roots[split]}: no image inside (looked for {' '.join(FILE_SUFFIXES)})")
@@ -95,9 +92,11 @@ def _folder(root: Path, labels: Literal["auto", "folders", "none"], val_share: f
     classes = sorted({path.parts[0] for path in files["train"]}) if labelled else None
     number = {name: i for i, name in enumerate(classes or [])}
     if classes is not None and (strange := {p.parts[0] for p in files.get("val", [])} - number.keys()):
-        raise InputError(f"source {val}: class folder {sorted(strange)[0]} is not among the {len(classes)} in {train}")
+        raise InputError(
+            f"source {roots['val']}: class folder {sorted(strange)[0]} is not among the {len(classes)} in {roots['train']}"
+        )
     splits = {
-        split: [SourceImage(str(p), number.get(p.parts[0]), _root(roots, split) / p) for p in paths]
+        split: [SourceImage(str(p), number.get(p.parts[0]), roots[split] / p) for p in paths]
         for split, paths in files.items()
     }
     if "val" not in splits and val_share:
@@ -105,16 +104,32 @@ def _folder(root: Path, labels: Literal["auto", "folders", "none"], val_share: f
     return Source(splits, classes)
 
 
-def _root(roots: dict[str, Path | None], split: str) -> Path:
-    folder = roots[split]
-    assert folder is not None
-    return folder
+def _split_folders(root: Path, val_share: float | None) -> dict[str, Path]:
+    """Returns the folder of each split: train/ and val/ (or test/) where both are there, else one folder for all.
+
+    Raises InputError when a share is asked for of images that are split already.
+    """
+    own = {child.name.lower(): child for child in sorted(root.iterdir()) if child.is_dir()}
+    train = next((own[name] for name in TRAIN_FOLDERS if name in own), None)
+    val = next((own[name] for name in VAL_FOLDERS if name in own), None)
+    if train is None:
+        return {"train": root}
+    if val is None:
+        return {"train": train if len(list(root.iterdir())) == 1 else root}
+    if val_share is not None:
+        raise InputError(
+            f"source {root} has {train.name}/ and {val.name}/ of its own: leave val_share out, or give {train} as the source"
+        )
+    return {"train": train, "val": val}
 
 
 def _images_below(root: Path) -> Iterator[Path]:
     """Yields the paths of image files relative to `root`, sorted, links to folders followed."""
+    visited = {os.path.realpath(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders.sort()
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(subfolders)}
+        subfolders[:] = [name for name, path in real.items() if not name.startswith(".") and path not in visited]
+        visited.update(real[name] for name in subfolders)
         for name in sorted(names):
             if name.lower().endswith(FILE_SUFFIXES) and not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root)

@@ -81,10 +81,17 @@ def launch() -> Callable[..., subprocess.CompletedProcess]:
     def run(script: str, options: dict[str, str], *, processes: int = 1, check: bool = True, **more):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(
-            command(script, options, processes=processes), capture_output=True, text=True, env=environment, timeout=300, **more
+            command(script, options, processes=processes),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            **more,
         )
         if check and done.returncode:
-            raise AssertionError(f"{script} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            raise AssertionError(
+                f"{script} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            )
         return done
 
     return run

@@ -126,7 +126,7 @@ def test_positions_are_resized_to_the_image_size_of_the_spec(weights: Weights, p
     model, _, report = build_classifier(spec, weights, num_classes=10, pool=pool, drop_path=0.0)
     encoder, _ = load_encoder(spec, weights)
     torch.testing.assert_close(model.pos_embed, encoder.timm.pos_embed, rtol=0, atol=0)
-    assert "positions resized to 6 x 5 patches" in report
+    assert "positions resized from 4 x 4 to 6 x 5 patches" in report
 
 
 def test_without_weights_the_encoder_has_maes_initial_ones():

@@ -139,7 +139,8 @@ def test_files_that_webdataset_passes_over_do_not_cut_a_sample_in_two(tmp_path):
             ("d/1.jpg", encoded(1)),
         ],
     )
-    assert seen_by_us(path) == seen_by_webdataset(path) == [("0", encoded(0), 7), ("d/1", encoded(1), 8)]
+    assert seen_by_us(path) == [("0", encoded(0), 7), ("d/1", encoded(1), 8)]
+    assert seen_by_webdataset(path)[0] == ("0", encoded(0), 7)  # in a folder, webdataset lets a dot file cut the sample
 
 
 def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):

@@ -14,11 +14,38 @@ ROOMS = ("ssl", "finetune")
 FOLDERS = (*ROOMS, "launch", "configs", "tests", "benchmarks")
 MAY_IMPORT = {"ssl": {"ssl"}, "finetune": {"ssl", "finetune"}, "launch": {"ssl", "finetune"}}
 # A file of ssl/ imports only files that stand before it.
-ORDER = (
-    "errors config command files randoms patches masking pos_embed order index decode augment loader vit encoders decoder mae "
-    "sources shards optim checkpoint runs log meter engine export released pictures pretrain"
-).split()
-FINETUNE_ORDER = "config evaluate heads mixing features knn classify linear_probe".split()
+ORDER = [
+    "errors",
+    "config",
+    "command",
+    "files",
+    "randoms",
+    "patches",
+    "masking",
+    "pos_embed",
+    "order",
+    "index",
+    "decode",
+    "augment",
+    "loader",
+    "vit",
+    "encoders",
+    "decoder",
+    "mae",
+    "sources",
+    "shards",
+    "optim",
+    "checkpoint",
+    "runs",
+    "log",
+    "meter",
+    "engine",
+    "export",
+    "released",
+    "pictures",
+    "pretrain",
+]
+FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
 
 
 def files(folder: str) -> list[Path]:
@@ -86,7 +113,11 @@ def test_rooms_import_each_other_by_full_name_only():
 
 
 def test_launch_scripts_are_short():
-    assert {file.name: n for file in files("launch") if (n := len(file.read_text().splitlines())) > 60 and file.stem != "demo"} == {}
+    assert {
+        file.name: n
+        for file in files("launch")
+        if (n := len(file.read_text().splitlines())) > 60 and file.stem != "demo"
+    } == {}
 
 
 def test_wheel_is_complete(tmp_path):
@@ -102,12 +133,22 @@ def test_wheel_is_complete(tmp_path):
     subprocess.run(build, check=True, cwd=tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     site = next(venv.glob("lib/python*/site-packages"))
-    install = [*pip, "--python", str(venv / "bin" / "python"), "install", "--no-deps", "--no-index", *map(str, wheels.iterdir())]
+    install = [
+        *pip,
+        "--python",
+        str(venv / "bin" / "python"),
+        "install",
+        "--no-deps",
+        "--no-index",
+        *map(str, wheels.iterdir()),
+    ]
     subprocess.run(install, check=True, cwd=tmp_path)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files stay unread
     modules = [f"quarterlight.{room}.{file.stem}" for room in ROOMS for file in files(room)]
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {modules}])"
-    found = subprocess.run([venv / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [venv / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert found.stdout.count(str(site)) == len(modules)
 
 

@@ -47,7 +47,9 @@ def test_a_run_leaves_what_the_design_says(reference):
     names = {path.name for path in reference.iterdir()}
     wanted = {"config.yaml", "environment.json", "metrics.jsonl", "encoder.safetensors", "hub", "result.json", "state"}
     assert wanted | {"reconstructions.png"} <= names
-    assert not [path for path in reference.rglob("*") if path.name.endswith((".partial", ".old", ".bin", ".pkl", ".pt"))]
+    assert not [
+        path for path in reference.rglob("*") if path.name.endswith((".partial", ".old", ".bin", ".pkl", ".pt"))
+    ]
     assert [path.name for path in sorted((reference / "state").iterdir())] == ["step-00000008", "step-00000012"]
     result = json.loads((reference / "result.json").read_text())
     assert result["finished"] and result["steps"] == 12 and result["loss"] > 0

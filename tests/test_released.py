@@ -302,7 +302,7 @@ def test_positions_are_resized_to_another_image_size(vit: nn.Module, size: list[
     grid = [size[0] // 8, size[1] // 8]
     expected = resample_abs_pos_embed(vit.pos_embed, grid, [4, 4], num_prefix_tokens=1)
     assert_same(encoder.timm.pos_embed, expected)
-    assert f"positions resized to {grid[0]} x {grid[1]} patches" in report
+    assert f"to {grid[0]} x {grid[1]} patches" in report
     others = {name: x for name, x in vit.state_dict().items() if name != "pos_embed"}
     assert_same_tensors({k: x for k, x in encoder.timm.state_dict().items() if k != "pos_embed"}, others)
 
