@@ -13,13 +13,14 @@ from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
 from quarterlight.ssl.config import steps_in
 from quarterlight.ssl.engine import Figures, Hooks, build_accelerator, micro_batch_size, train
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.export import export_hub, export_weights, pair, run_facts
+from quarterlight.ssl.export import export_hub, export_weights, run_facts
 from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import ShardIndex, class_names, open_index
 from quarterlight.ssl.loader import Batch, EvalSpans, Samples, build_loader, refuse_unlabelled
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, ShuffledOrder, labelled_subset
+from quarterlight.ssl.patches import pair
 from quarterlight.ssl.released import encoder_spec, read_weights
 from quarterlight.ssl.runs import open_run, write_run_files
 

@@ -41,7 +41,7 @@ class FinetuneConfig(StageConfig):
     """Supervised classification on top of an encoder, all of it trained."""
 
     init: str | None = None
-    """Encoder weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:. null: from scratch."""
+    """Encoder weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:; null: none."""
     untrained: bool = False
     """Take only the architecture from --init and start from initial weights: the baseline to compare with."""
     num_classes: int | None = None
@@ -63,7 +63,7 @@ class LinearProbeConfig(RunConfig):
     """Linear classifiers and nearest neighbors on frozen features."""
 
     init: str | None = None
-    """Encoder weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:. null: untrained."""
+    """Encoder weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:; null: none."""
     untrained: bool = False
     """Take only the architecture from --init and use initial weights: the baseline to compare with."""
     extract_batch_size: int = 256

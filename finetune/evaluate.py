@@ -1,5 +1,7 @@
 """Accuracy over a set of images, every image counted exactly once however many processes share the work."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -32,6 +34,6 @@ def evaluate(classifier: nn.Module, loader: DataLoader[Batch], accelerator: Acce
         sums += torch.tensor([*top, float(loss), count], dtype=torch.float64)
     classifier.train(was_training)
     refuse_bad(gather_object(bad))
-    total = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-    images = total[3]
-    return {"top1": total[0] / images, "top5": total[1] / images, "loss": total[2] / images, "images": int(images)}
+    total: Any = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+    top1, top5, loss, images = total.tolist()
+    return {"top1": top1 / images, "top5": top5 / images, "loss": loss / images, "images": int(images)}

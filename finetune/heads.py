@@ -15,7 +15,7 @@ from .config import FinetuneOptimConfig
 
 def build_classifier(
     spec: ModelSpec, weights: Weights | None, *, num_classes: int, pool: Literal["avg", "token"], drop_path: float
-) -> tuple[nn.Module, ModelSpec, str]:
+) -> tuple[VisionTransformer, ModelSpec, str]:
     """Returns the timm classifier, the spec that builds it again, and a sentence on the weights loaded.
 
     With `pool` "avg" the final norm moves behind the pooling and starts afresh (`fc_norm`); with "token" it stays. The
@@ -28,6 +28,7 @@ def build_classifier(
     args = spec.args | {"num_classes": num_classes, "global_pool": pool}
     built = ModelSpec(spec.name, args, spec.mean, spec.std)
     classifier = create_timm_model(spec.name, **built.timm_args(), drop_path_rate=drop_path)
+    assert isinstance(classifier, VisionTransformer) and isinstance(classifier.head, nn.Linear)
     load_weights(classifier, Weights("encoder", dict(encoder.timm.state_dict()), spec))
     nn.init.trunc_normal_(classifier.head.weight, std=2e-5)
     nn.init.zeros_(classifier.head.bias)
@@ -35,10 +36,10 @@ def build_classifier(
 
 
 def layer_decay_groups(classifier: VisionTransformer, config: FinetuneOptimConfig) -> list[dict[str, Any]]:
-    """Returns parameter groups with `lr_scale` = layer_decay ** (layers above), and weight decay as in MAE's fine-tuning.
+    """Returns parameter groups with `lr_scale` = layer_decay ** (layers above), and weight decay as MAE fine-tunes.
 
-    Positions, class token, biases and norms are not decayed. Differs from MAE: with `pool` "token" the final norm learns
-    at the rate of the last block, since timm counts it there; in MAE it learns at the head's rate. "avg" is MAE's.
+    Positions, class token, biases and norms are not decayed. Differs from MAE: with `pool` "token" the final norm
+    learns at the rate of the last block, since timm counts it there; in MAE at the head's. "avg" is MAE's.
     """
     return param_groups_layer_decay(
         classifier,

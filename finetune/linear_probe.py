@@ -1,4 +1,4 @@
-"""The linear-probe stage: linear classifiers for a grid of learning rates in one pass over cached features, and k-NN."""
+"""The linear-probe stage: classifiers for a grid of learning rates in one pass over cached features, and k-NN."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ class Probe(NamedTuple):
 
 
 class LinearGrid(nn.Module):
-    """A linear classifier for each learning rate, on features normalized over the batch without affine (MAE's probe)."""
+    """A linear classifier for each learning rate, on features normalized over the batch (MAE's probe)."""
 
     def __init__(self, dim: int, num_classes: int, count: int) -> None:
         super().__init__()
@@ -69,13 +69,14 @@ def train_grid(
 ) -> LinearGrid:
     """Returns classifiers trained by SGD (momentum 0.9, no decay) under a cosine from base_lr * batch_size / 256.
 
-    Differs from MAE: features come from one center crop, so that they are computed once, and the optimizer is SGD instead
-    of LARS with batches of 16384, which the paper reports to work similarly.
+    Differs from MAE: features come from one center crop, so that they are computed once, and the optimizer is SGD
+    instead of LARS with batches of 16384, which the paper reports to work similarly.
     """
     torch.manual_seed(seed)
     grid = LinearGrid(features.shape[1], num_classes, len(base_lrs)).to(features.device)
     optimizer = torch.optim.SGD(grid.groups(), lr=0.0, momentum=0.9)
     batch_size = min(batch_size, len(features))
+    order = torch.empty(0, dtype=torch.long)
     steps_per_epoch = len(features) // batch_size
     for step in range(epochs * steps_per_epoch):
         epoch, i = divmod(step, steps_per_epoch)
@@ -190,8 +191,8 @@ def _held_out(count: int, config: LinearProbeConfig) -> np.ndarray:
     held = round(count * config.holdout_share)
     if not 0 < held < count - 1 or config.batch_size < 2:  # normalization over a batch needs two features
         raise InputError(
-            f"holdout_share {config.holdout_share} of {count} images holds out {held} and leaves {count - held}, in batches "
-            f"of {config.batch_size}: hold out at least 1, train on at least 2"
+            f"holdout_share {config.holdout_share} of {count} images holds out {held} and leaves {count - held}, in "
+            f"batches of {config.batch_size}: hold out at least 1, train on at least 2"
         )
     order = np.argsort(hashes(config.seed, "probe holdout", np.arange(count), 1)[:, 0], kind="stable")
     is_held = np.zeros(count, bool)

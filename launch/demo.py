@@ -1,8 +1,9 @@
 """Shows the whole way on real data in about two minutes on two CPU cores: python launch/demo.py
 
-scikit-learn's handwritten digits become shards; a small ViT learns to fill in three hidden quarters of each; then k-NN, a
-linear probe and fine-tuning with five labels a class show what it has learned, against the same network untrained. Every
-step is a command that you can run yourself: it is printed as it starts, and its output goes to a file beside its run.
+scikit-learn's handwritten digits become shards; a small ViT learns to fill in three hidden quarters of each; then
+k-NN, a linear probe and fine-tuning with five labels a class show what it has learned, against the same network
+untrained. Every step is a command that you can run yourself: it is printed as it starts, and its output goes to a file
+beside its run.
 """
 
 import argparse

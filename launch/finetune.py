@@ -1,4 +1,4 @@
-"""Trains a classifier on an encoder: accelerate launch launch/finetune.py --init runs/x --config configs/finetune/vit_base.yaml ..."""
+"""Trains a classifier on an encoder: accelerate launch launch/finetune.py --init runs/x --data.train ..."""
 
 from quarterlight.finetune.config import FinetuneConfig
 from quarterlight.ssl.command import parse_config, run_command

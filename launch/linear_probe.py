@@ -1,4 +1,4 @@
-"""Linear probe and k-NN on frozen features: accelerate launch launch/linear_probe.py --init runs/x --data.train ... --data.val ..."""
+"""Linear probe and k-NN on frozen features: accelerate launch launch/linear_probe.py --init runs/x ..."""
 
 from quarterlight.finetune.config import LinearProbeConfig
 from quarterlight.ssl.command import parse_config, run_command

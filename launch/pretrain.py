@@ -1,4 +1,4 @@
-"""Pretrains an encoder by masked autoencoding: accelerate launch launch/pretrain.py --config configs/pretrain/vit_base.yaml ..."""
+"""Pretrains an encoder by masked autoencoding: accelerate launch launch/pretrain.py --config FILE ..."""
 
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import PretrainConfig

@@ -1,7 +1,7 @@
 """Turns a folder of images into webdataset shards: python launch/shards.py images/ shards/
 
-SOURCE is a folder (class folders or flat, any depth), or `digits` (scikit-learn's 1,797 handwritten digits), or `cifar10`
-(downloaded by torchvision). Write ./digits for a folder of that name.
+SOURCE is a folder (class folders or flat, any depth), or `digits` (scikit-learn's 1,797 handwritten digits), or
+`cifar10` (downloaded by torchvision). Write ./digits for a folder of that name.
 """
 
 from quarterlight.ssl.command import instantiate, parse, parser_for, run_command

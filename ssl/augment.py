@@ -42,7 +42,7 @@ def random_crop_box(
 ) -> Box:
     """Returns the box of torchvision's RandomResizedCrop: area in `scale`, log-uniform width/height in `ratio`.
 
-    `u` holds 2 * CROP_TRIES + 2 uniforms. After CROP_TRIES boxes that do not fit, the largest central one of a legal ratio.
+    `u` holds 2 * CROP_TRIES + 2 uniforms. After CROP_TRIES boxes that do not fit, the largest central one that does.
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for i in range(CROP_TRIES):
@@ -143,6 +143,9 @@ class CenterCrop:
 
 class Normalize(nn.Module):
     """uint8 pixels to normalized floats, on the device: a quarter of the bytes travel there."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ runs/NAME/state/step-00001200/
     optimizer.safetensors    PARAMETER:moment for every parameter
     progress.json            step, samples seen, fingerprint of the data, ...
 
-A state is written beside and renamed, so a folder with this name is complete. Nothing random is kept: every step reseeds.
+A state is written beside and renamed, so a folder of this name is complete. Nothing random is kept: steps reseed.
 """
 
 import json

@@ -18,7 +18,7 @@ class DataConfig:
     """Which images, and how they are cropped."""
 
     train: str | list[str]
-    """Shards to train on: a tar, a glob ('shards/train-*.tar'), braces ('train-{0000..0009}.tar') or a list of these."""
+    """Shards to train on: a tar, a glob ('shards/train-*.tar'), braces ('train-{00..09}.tar') or a list of these."""
     val: str | list[str] | None = None
     """Shards to evaluate on, in the same forms."""
     img_size: int | tuple[int, int] | None = None
@@ -154,7 +154,7 @@ class PretrainConfig(StageConfig):
     """Masked-autoencoder pretraining."""
 
     init: str | None = None
-    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:. null: from scratch."""
+    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:; null: none."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """Which units of an image are hidden from the encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -172,9 +172,9 @@ class ShardsConfig:
     val_share: float | None = None
     """Share of the images set aside as val shards. null: SOURCE's own train/ and val/ (or test/) folders, else none."""
     labels: Literal["auto", "folders", "none"] = "auto"
-    """folders: the first folder below SOURCE is the class. none: unlabelled. auto: folders, where every image is in one."""
+    """folders: the first folder below SOURCE is the class. none: no labels. auto: folders, if every image is in one."""
     resize: int | None = None
-    """Shrink images whose shorter side is longer than this to this many pixels, stored as JPEG; null: files as they are."""
+    """Shrink images with a longer shorter side to this many pixels, stored as JPEG; null: files as they are."""
     quality: int = 90
     """JPEG quality of resized images, 1-100."""
     shard_size_mb: float = 256

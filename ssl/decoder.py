@@ -17,6 +17,8 @@ from .vit import init_linear
 class TransformerDecoder(nn.Module):
     """MAE's decoder: mask tokens fill the hidden places, positions are added, and blocks attend over all places."""
 
+    pos_embed: Tensor
+
     def __init__(
         self, config: DecoderConfig, *, encoder_dim: int, grid: tuple[int, int], num_prefix_tokens: int, out_dim: int
     ) -> None:
@@ -33,7 +35,7 @@ class TransformerDecoder(nn.Module):
         self.register_buffer("pos_embed", pos_embed, persistent=False)
         self.blocks = nn.Sequential(
             *(
-                Block(config.embed_dim, config.num_heads, config.mlp_ratio, qkv_bias=True, norm_layer=norm)
+                Block(config.embed_dim, config.num_heads, config.mlp_ratio, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]  # timm calls it as a class
                 for _ in range(config.depth)
             )
         )

@@ -1,36 +1,16 @@
 """timm models by name, wrapped as encoders, and the choice of attention kernel."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import timm
 import torch
-from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import InputError, did_you_mean
-from .masking import Masking
 from .vit import ViTEncoder
 
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What pretraining and fine-tuning ask of an encoder; `vit.ViTEncoder` is one."""
-
-    timm: nn.Module  # the unmodified timm model; its state dict is what is released
-    grid: tuple[int, int]  # units high, units wide
-    unit_size: int  # side of a unit in pixels
-    num_units: int
-    embed_dim: int
-    num_prefix_tokens: int
-
-    def __call__(self, images: Float[Tensor, "B C H W"], masking: Masking | None = None) -> Float[Tensor, "B PK D"]: ...
-
-    def sample_masking(
-        self, batch: int, mask_ratio: float = 0.75, *, strategy: str = "random", seed: int = 0
-    ) -> Masking: ...
-
-    def init_weights(self) -> None: ...
+Encoder = ViTEncoder  # what pretraining and fine-tuning ask of an encoder is what this class documents
 
 
 def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> nn.Module:
@@ -49,7 +29,7 @@ def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = Non
         raise InputError(f"timm cannot build {name} with {given}: {error}") from error
 
 
-def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> ViTEncoder:
+def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> Encoder:
     """Returns the headless timm model `name` as an encoder, with timm's initial weights.
 
     `img_size` is a side or (height, width) in pixels; `timm_args` go to `timm.create_model` as they are.
@@ -74,4 +54,4 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
     fused = not (device.type == "cpu" and precision == "bf16")
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
+            module.fused_attn = fused  # type: ignore[assignment]  # a plain attribute of timm's attention

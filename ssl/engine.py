@@ -91,12 +91,12 @@ def train(
     hooks: Hooks,
     run_dir: Path,
 ) -> Figures:
-    """Trains to the last step of `schedule`, from the newest state in `run_dir` if there is one. Returns the last figures.
+    """Trains to the last step of `schedule`, from the newest state in `run_dir` if any. Returns the last figures.
 
     `task(batch)` returns (loss, metrics), a scalar and a dictionary of scalars, means over the batch.
 
-    Raises InputError when the state belongs to other data, when too many samples are unreadable, and when the loss is no
-    longer finite (the newest state then still holds finite weights).
+    Raises InputError when the state belongs to other data, when too many samples are unreadable, and when the loss is
+    no longer finite (the newest state then still holds finite weights).
     """
     world_size, total_steps = accelerator.num_processes, schedule.total_steps
     micro = micro_batch_size(config.batch_size, config.micro_batch_size, world_size)
@@ -123,6 +123,7 @@ def train(
     loader = iter(build_loader(samples, spans, num_workers=config.num_workers))
     meter = Meter(accelerator, config.batch_size)
     figures: Figures = progress.get("figures", {})
+    keys: list[str] = []
 
     for step in range(first_step, total_steps):
         done, last = step + 1, step + 1 == total_steps
@@ -130,6 +131,7 @@ def train(
         set_lr(prepared, schedule.lr_at(step))
         for i in range(accum_steps):
             batch = meter.next_batch(loader)
+            keys = batch.keys
             _record(batch, run_dir, step, accelerator.process_index, config.record_samples)
             with accelerator.no_sync(model) if i + 1 < accum_steps else contextlib.nullcontext():
                 loss, metrics = model(batch.to(accelerator.device))
@@ -147,7 +149,7 @@ def train(
                 "epoch": done * config.batch_size / len(samples.order),
                 "lr": schedule.lr_at(step),
             } | meter.read()
-            _check(figures, done, config, samples, batch)
+            _check(figures, done, config, samples, keys)
         if log_now:
             log.metrics(done, figures | norm, eta_s=meter.seconds_for(total_steps - done))
             meter.start()
@@ -220,16 +222,16 @@ def _clip(accelerator: Accelerator, model: nn.Module, config: StageConfig, *, me
     return {"grad_norm": float(norm)} if measure and norm is not None else {}
 
 
-def _check(figures: Figures, done: int, config: StageConfig, samples: Samples, batch: Batch) -> None:
+def _check(figures: Figures, done: int, config: StageConfig, samples: Samples, keys: list[str]) -> None:
     """Raises InputError when the loss is not finite or too many samples could not be read."""
     if not math.isfinite(figures["loss"]):
         raise InputError(
-            f"the loss is {figures['loss']} at step {done} (last samples: {', '.join(batch.keys[:4])}): lower "
+            f"the loss is {figures['loss']} at step {done} (last samples: {', '.join(keys[:4])}): lower "
             "optim.base_lr, set optim.clip_grad 1, or use --precision bf16 or no; the newest state is still good"
         )
     bad, limit = int(figures["bad_samples"]), config.data.max_bad_share
     if bad > max(1, limit * min(done * config.batch_size, len(samples.order))):
         raise InputError(
-            f"{bad} samples could not be read (data.max_bad_share is {limit}): see bad_samples.jsonl in the run folder, "
-            "write the shards anew, or raise data.max_bad_share"
+            f"{bad} samples could not be read (data.max_bad_share is {limit}): see bad_samples.jsonl in the run "
+            "folder, write the shards anew, or raise data.max_bad_share"
         )

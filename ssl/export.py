@@ -7,9 +7,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .files import replace_file, replace_folder
+from .patches import pair
 from .runs import environment
 
 ENCODER_FILE = "encoder.safetensors"
@@ -45,7 +47,13 @@ def export_weights(path: Path, model: nn.Module, spec: ModelSpec, facts: dict[st
 
 
 def export_hub(
-    path: Path, model: nn.Module, spec: ModelSpec, *, title: str, facts: dict[str, Any], labels: list[str] | None = None
+    path: Path,
+    model: VisionTransformer,
+    spec: ModelSpec,
+    *,
+    title: str,
+    facts: dict[str, Any],
+    labels: list[str] | None = None,
 ) -> None:
     """Writes a folder that `timm.create_model("local-dir:PATH", pretrained=True)` and the Hugging Face Hub read."""
     pretrained_cfg = {
@@ -65,7 +73,7 @@ def export_hub(
 
     def fill(partial: Path) -> None:
         args = {key: value for key, value in spec.args.items() if key != "num_classes"}
-        save_for_hf(model, partial, model_config=config, model_args=args, safe_serialization=True)
+        save_for_hf(model, str(partial), model_config=config, model_args=args, safe_serialization=True)
         (partial / "README.md").write_text(_model_card(title, spec, facts))
 
     replace_folder(path, fill)
@@ -104,8 +112,3 @@ def run_facts(run: str, progress: dict[str, Any], seed: int) -> dict[str, Any]:
         "git_commit": here["git_commit"] or "unknown",
         "timm": here["packages"]["timm"],
     }
-
-
-def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    """Returns (height, width) of a size given as a side or as a pair."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

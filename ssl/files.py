@@ -17,7 +17,7 @@ def _sync(path: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(partial)` on a name beside `path` and renames the result; a kill leaves the old file or the new one."""
+    """Calls `write(partial)` on a name beside `path` and renames it; a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -38,7 +38,7 @@ def shard_paths(patterns: str | Sequence[str]) -> list[Path]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             parts = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
-        except braceexpand.UnbalancedBracesError as error:
+        except braceexpand.UnbalancedBracesError as error:  # type: ignore[attr-defined]
             raise InputError(f"shards: the braces in {pattern} do not match") from error
         for part in parts:
             if "://" in part:

@@ -52,8 +52,8 @@ class Batch(NamedTuple):
 class Spans(Sampler[tuple[int, int]]):
     """The spans of positions that one rank reads, one for each micro-batch.
 
-    Step s covers positions s * batch_size, ..., (s + 1) * batch_size - 1; rank r of w reads the r-th of w equal parts, in
-    micro-batches one after another. So the samples of a step do not depend on w or on the micro-batch size.
+    Step s covers positions s * batch_size, ..., (s + 1) * batch_size - 1; rank r of w reads the r-th of w equal parts,
+    in micro-batches one after another. So the samples of a step do not depend on w or on the micro-batch size.
     """
 
     def __init__(self, steps: range, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> None:
@@ -113,7 +113,7 @@ class Samples(Dataset):
         return Batch(images, labels, masking, [self.index.key(int(i)) for i in ids], bad)
 
     def _readable(self, sample: int, position: int, bad: list[BadSample]) -> tuple[np.ndarray, int]:
-        """Returns the pixels of `sample` and its id, or those of another one that `position` decides when it is damaged."""
+        """Returns the pixels and id of `sample`, or of another one that `position` decides when it is damaged."""
         for other in hashes(self.seed, "replacement", np.array([position]), REPLACEMENT_TRIES)[0]:
             try:
                 return decode_image(self.index.read(sample), self.in_chans), sample
@@ -136,7 +136,7 @@ def build_loader(
     return DataLoader(
         samples,
         batch_sampler=spans,  # type: ignore[arg-type]  # spans reach __getitems__ as they are
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=cuda,
         persistent_workers=persistent and num_workers > 0,

@@ -16,8 +16,8 @@ from .files import write_text
 class RunLog:
     """Writes the records of one run; silent on every process but the main one.
 
-    On resuming, what an earlier process recorded after `first_step` is dropped, in metrics.jsonl and in TensorBoard, since
-    those steps are done again.
+    On resuming, what an earlier process recorded after `first_step` is dropped, in metrics.jsonl and in TensorBoard,
+    since those steps are done again.
     """
 
     def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool) -> None:

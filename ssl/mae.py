@@ -57,7 +57,7 @@ def attach_decoder(
         num_prefix_tokens=encoder.num_prefix_tokens,
         out_dim=encoder.unit_size**2 * in_chans,
     )
-    encoder.timm.pos_embed.requires_grad_(False)  # fixed in pretraining, as MAE's; fine-tuning trains them
+    encoder.fix_positions()  # as MAE's; fine-tuning trains them
     return MaskedAutoencoder(encoder, head, target=target)
 
 

@@ -70,7 +70,7 @@ def gather_units(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Flo
 
 @dataclass(frozen=True)
 class MaskSampler:
-    """Draws the mask of the sample at each position: a pure function of (seed, position), so workers may share the work."""
+    """Draws the mask of the sample at each position: a pure function of (seed, position)."""
 
     num_units: int
     mask_ratio: float

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -53,14 +54,15 @@ class Meter:
         names = sorted(self.sums)
         values = [self.sums[name] / self.forward_passes for name in names]
         values.append(torch.tensor(float(self.bad_samples), device=self.accelerator.device))
-        sums = self.accelerator.reduce(torch.stack(values), reduction="sum").tolist()
-        figures = {name: value / self.accelerator.num_processes for name, value in zip(names, sums, strict=False)}
+        reduced: Any = self.accelerator.reduce(torch.stack(values), reduction="sum")
+        *sums, bad_samples = reduced.tolist()
+        figures = {name: value / self.accelerator.num_processes for name, value in zip(names, sums, strict=True)}
         elapsed_s = time.perf_counter() - self.started_at - self.paused_s
         return figures | {
             "images_per_s": self.steps * self.batch_size / elapsed_s,
             "data_wait_pct": 100 * self.waited_s / elapsed_s,
             "memory_gb": _peak_memory_gb(self.accelerator.device),
-            "bad_samples": int(sums[-1]),
+            "bad_samples": int(bad_samples),
         }
 
     def seconds_for(self, steps: int) -> float:

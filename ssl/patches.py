@@ -32,6 +32,11 @@ def unpatchify(
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), in_chans, h * p, w * p)
 
 
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Returns (height, width) of a size given as a side or as a pair."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def check_grid(img_size: tuple[int, int], patch_size: int) -> None:
     """Raises InputError, with the sizes that would do, when `img_size` (H, W) is not a multiple of `patch_size`."""
     for side, name in zip(img_size, ("height", "width"), strict=True):

@@ -18,7 +18,8 @@ from torch import Tensor
 from .config import DataConfig, EncoderConfig
 from .encoders import Encoder, build_encoder
 from .errors import InputError
-from .export import ENCODER_FILE, ModelSpec, pair
+from .export import ENCODER_FILE, ModelSpec
+from .patches import pair
 
 # A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
 HEAD = ("head.", "fc_norm.")
@@ -34,7 +35,7 @@ class Weights:
 
 
 def read_weights(init: str) -> Weights:
-    """Returns the weights that `init` names: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:.
+    """Returns the weights that `init` names: a run folder, a .safetensors or .pth file, timm's, hf-hub: or local-dir:.
 
     Decoder weights and classification heads are left out. Raises InputError when there is nothing of that name or it
     cannot be read.
@@ -91,7 +92,7 @@ def _read_pickled(path: Path) -> Weights:
 
 def _read_timm(name: str) -> Weights:
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the Hub, the network and timm raise many kinds
         raise InputError(
             f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
@@ -189,7 +190,8 @@ def load_weights(model: VisionTransformer, weights: Weights) -> str:
 def _old_grid(weights: Weights, model: VisionTransformer) -> tuple[int, int]:
     """Returns the grid (high, wide) that the weights' positions were made for.
 
-    Where they do not say, it is the model's own if the number fits, else a square one. Raises InputError when neither can be.
+    Where they do not say, it is the model's own if the number fits, else a square one. Raises InputError when it is
+    neither.
     """
     if weights.spec is not None and weights.spec.args.get("img_size") is not None:
         patch = weights.tensors["patch_embed.proj.weight"].shape[-2:]
@@ -203,8 +205,8 @@ def _old_grid(weights: Weights, model: VisionTransformer) -> tuple[int, int]:
     side = math.isqrt(max(0, count))
     if side * side != count:
         raise InputError(
-            f"init {weights.source}: holds positions of {count} patches, which is no square grid, and does not say which "
-            f"grid it is (the model has {new[0]} x {new[1]}): give encoder.img_size as the weights were trained"
+            f"init {weights.source}: holds positions of {count} patches, which is no square grid, and does not say "
+            f"which grid it is (the model has {new[0]} x {new[1]}): give encoder.img_size as the weights were trained"
         )
     return side, side
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from webdataset import TarWriter
+from webdataset.writer import TarWriter
 
 from .config import ShardsConfig
 from .decode import UnreadableImage, decode_image
@@ -93,9 +93,7 @@ def _finished(out: Path, plan: str) -> dict[str, Any] | None:
     for shard in shards:
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
-            raise InputError(
-                f"{path} is missing or not as it was written: delete {out / DATASET_FILE} and the tars and run this again"
-            )
+            raise InputError(f"{path} is missing or not as it was written: delete it all and run this again")
     _remove_leftovers(out)
     (out / JOURNAL_FILE).unlink(missing_ok=True)
     return dataset
@@ -137,7 +135,13 @@ def _write_split(
     start = earlier[-1]["next"] if earlier else 0
     number = len(earlier)
     encoder = _Encoder(images[start:], config)
-    encoded = iter(DataLoader(encoder, batch_size=None, num_workers=config.num_workers, collate_fn=_as_it_is))
+    loader = DataLoader(
+        encoder,
+        batch_size=None,
+        num_workers=config.num_workers,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+    )
+    encoded = iter(loader)
     with tqdm(total=len(images), initial=start, desc=split, unit="image", disable=not sys.stderr.isatty()) as bar:
         while start < len(images):
             name = f"{split}-{number:06d}.tar"

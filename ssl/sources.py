@@ -53,9 +53,9 @@ def _digits() -> list[SourceImage]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError("the digits come with scikit-learn: pip install 'quarterlight[demo]'") from error
-    digits = load_digits()
-    pixels = (digits.images * 255 / 16).round().astype(np.uint8)  # 8 x 8, ink 0-16
-    return [SourceImage(f"{i:04d}", int(y), x) for i, (x, y) in enumerate(zip(pixels, digits.target, strict=True))]
+    ink, labels = load_digits(return_X_y=True)  # 0-16
+    pixels = (np.asarray(ink) * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
+    return [SourceImage(f"{i:04d}", int(y), x) for i, (x, y) in enumerate(zip(pixels, labels, strict=True))]
 
 
 def _cifar10(val_share: float | None, seed: int) -> Source:
@@ -92,9 +92,7 @@ def _folder(root: Path, labels: Literal["auto", "folders", "none"], val_share: f
     classes = sorted({path.parts[0] for path in files["train"]}) if labelled else None
     number = {name: i for i, name in enumerate(classes or [])}
     if classes is not None and (strange := {p.parts[0] for p in files.get("val", [])} - number.keys()):
-        raise InputError(
-            f"source {roots['val']}: class folder {sorted(strange)[0]} is not among the {len(classes)} in {roots['train']}"
-        )
+        raise InputError(f"source {roots['val']}: class folder {sorted(strange)[0]} is not in {roots['train']}")
     splits = {
         split: [SourceImage(str(p), number.get(p.parts[0]), roots[split] / p) for p in paths]
         for split, paths in files.items()
@@ -118,7 +116,7 @@ def _split_folders(root: Path, val_share: float | None) -> dict[str, Path]:
         return {"train": train if len(list(root.iterdir())) == 1 else root}
     if val_share is not None:
         raise InputError(
-            f"source {root} has {train.name}/ and {val.name}/ of its own: leave val_share out, or give {train} as the source"
+            f"source {root} has {train.name}/ and {val.name}/ of its own: leave val_share out, or give {train}"
         )
     return {"train": train, "val": val}
 

@@ -1,5 +1,7 @@
 """timm's plain vision transformers as encoders of visible patches."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -9,15 +11,16 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .masking import Masking, MaskSampler, gather_units
-from .patches import check_grid
+from .patches import check_grid, pair
 from .pos_embed import sincos_pos_embed
 
 
 class ViTEncoder(nn.Module):
     """An unmodified timm VisionTransformer that can run on the kept patches only.
 
-    With nothing masked its output is timm's `forward_features`. Attributes: `grid` (patches high, wide), `unit_size` (patch
-    side in pixels), `embed_dim`, `num_prefix_tokens` (class and register tokens, first in the output), `timm` (the model).
+    With nothing masked its output is timm's `forward_features`. Attributes: `grid` (patches high, wide), `unit_size`
+    (patch side in pixels), `embed_dim`, `num_prefix_tokens` (class and register tokens, first in the output), `timm`
+    (the model, whose state dict is what is released).
 
     Raises InputError for a model that cannot drop patches after adding positions.
     """
@@ -32,10 +35,10 @@ class ViTEncoder(nn.Module):
             )
         if vit.pos_embed is None:
             raise InputError("it has no absolute positions, without which dropped patches lose their places")
-        height, width = patch_embed.patch_size
+        height, width = (int(side) for side in patch_embed.patch_size)
         if height != width:
             raise InputError(f"its patches are {height} x {width} pixels; only square ones are supported")
-        check_grid(patch_embed.img_size, height)
+        check_grid(pair(patch_embed.img_size), height)
         self.timm = vit
         self.grid: tuple[int, int] = patch_embed.grid_size
         self.unit_size: int = height
@@ -51,7 +54,7 @@ class ViTEncoder(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def forward(self, images: Float[Tensor, "B C H W"], masking: Masking | None = None) -> Float[Tensor, "B PK D"]:
-        """Returns prefix tokens and then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
+        """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         vit = self.timm
         x = vit._pos_embed(vit.patch_embed(images))  # the one place where timm adds positions and prefix tokens
         if masking is not None:
@@ -60,10 +63,15 @@ class ViTEncoder(nn.Module):
         return vit.norm(vit.blocks(vit.norm_pre(x)))
 
     def sample_masking(
-        self, batch: int, mask_ratio: float = 0.75, *, strategy: str = "random", seed: int = 0
+        self, batch: int, mask_ratio: float = 0.75, *, strategy: Literal["random"] = "random", seed: int = 0
     ) -> Masking:
         """Returns the masks of positions 0, ..., batch - 1, as the loader's workers draw them."""
         return MaskSampler(self.num_units, mask_ratio, strategy).sample(seed, np.arange(batch))
+
+    def fix_positions(self) -> None:
+        """Excludes the positions from training."""
+        if self.timm.pos_embed is not None:
+            self.timm.pos_embed.requires_grad_(False)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -78,6 +86,7 @@ class ViTEncoder(nn.Module):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
         prefix = 0 if vit.no_embed_class else self.num_prefix_tokens
+        assert vit.pos_embed is not None  # the constructor refuses models without
         vit.pos_embed.copy_(sincos_pos_embed(self.embed_dim, self.grid, num_prefix_tokens=prefix))
 
 

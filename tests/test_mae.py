@@ -13,7 +13,7 @@ ODD = {"img_size": 42, "patch_size": 6, "in_chans": 4, "embed_dim": 36, "depth":
 
 
 def pair(shape: dict, decoder: DecoderConfig, *, norm_pix: bool) -> tuple[MaskedAutoencoder, ViTMAEForPreTraining]:
-    """Returns our model and Hugging Face's, sharing random weights; positions too, since theirs are zeros when built."""
+    """Returns our model and Hugging Face's with the same random weights; positions too: theirs start as zeros."""
     theirs = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=shape["img_size"], patch_size=shape["patch_size"], num_channels=shape["in_chans"],
