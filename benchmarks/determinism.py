@@ -2,8 +2,8 @@
 
 python benchmarks/determinism.py --train 'shards/cifar10/train-*.tar' --dir runs/determinism
 
-Runs the real pretraining command for some steps with 1 and 2 CPU processes and 0, 1 and 3 workers, recording a hash of the
-key, pixels and mask of every sample, and once more with SIGKILL at random moments.
+Runs the real pretraining command for some steps with 1 and 2 CPU processes and 0, 1 and 3 workers, recording a hash of
+the key, pixels and mask of every sample, and once more with SIGKILL at random moments.
 """
 
 import argparse
@@ -29,9 +29,10 @@ def command(train: str, run_dir: Path, steps: int, workers: int, processes: int,
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [
         *start, str(ROOT / "launch" / "pretrain.py"), "--config", str(ROOT / "configs/pretrain/cifar10_vit_tiny.yaml"),
-        "--data.train", train, "--run_dir", str(run_dir), "--epochs", "null", "--steps", str(steps), "--batch_size", "64",
-        "--optim.warmup_epochs", "null", "--optim.warmup_steps", "5", "--num_workers", str(workers), "--precision", "no",
-        "--log_every_steps", "1", "--save_every_steps", "5", "--record_samples", "true", *more,
+        "--data.train", train, "--run_dir", str(run_dir), "--epochs", "null", "--steps", str(steps),
+        "--batch_size", "64", "--optim.warmup_epochs", "null", "--optim.warmup_steps", "5",
+        "--num_workers", str(workers), "--precision", "no", "--log_every_steps", "1", "--save_every_steps", "5",
+        "--record_samples", "true", *more,
     ]  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def run_killed(words: list[str], kills: int, longest_s: float, rng: random.Random) -> list[float]:
-    """Starts `words` again and again, killing it after a random time, then lets it end. Returns the times in seconds."""
+    """Starts `words` again and again, killing it after a random time, then lets it end. Returns these times."""
     times = []
     for _ in range(kills):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

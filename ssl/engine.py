@@ -145,10 +145,9 @@ def train(
         meter.steps += 1
         log.advance()
         if log_now or save_now:
-            figures = {
-                "epoch": done * config.batch_size / len(samples.order),
-                "lr": schedule.lr_at(step),
-            } | meter.read()
+            means = meter.read()
+            epoch = done * config.batch_size / len(samples.order)
+            figures = {"epoch": epoch, "loss": means["loss"], "lr": schedule.lr_at(step)} | means
             _check(figures, done, config, samples, keys)
         if log_now:
             log.metrics(done, figures | norm, eta_s=meter.seconds_for(total_steps - done))

@@ -54,7 +54,8 @@ class RunLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        words = [f"step {step}/{self.total_steps}", *(f"{name} {_short(name, v)}" for name, v in values.items())]
+        shown = {name: value for name, value in values.items() if name != "bad_samples" or value}
+        words = [f"step {step}/{self.total_steps}", *(f"{name} {_short(name, v)}" for name, v in shown.items())]
         if eta_s is not None:
             words.append(f"eta {timedelta(seconds=round(eta_s))}")
         self.say("  ".join(words))
