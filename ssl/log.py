@@ -85,7 +85,7 @@ def _step_of(line: str) -> int:
         return sys.maxsize
 
 
-def _short(name: str, value: float) -> str:
+def _short(name: str, value: float | int) -> str:
     if name == "lr":
         return f"{value:.2e}"
     if name.endswith(("_s", "_pct")) or name == "images_per_s":

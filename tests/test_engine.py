@@ -1,0 +1,75 @@
+"""The loop's own rules; test_pretrain.py and test_finetune.py run it as users do."""
+
+import json
+import tarfile
+
+import pytest
+from conftest import TINY_PRETRAIN, arguments, write_tars
+
+from quarterlight.ssl.command import parse_config, run_command
+from quarterlight.ssl.config import PretrainConfig
+from quarterlight.ssl.engine import micro_batch_size
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.pretrain import pretrain
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "wanted"), [(64, None, 1, 64), (64, None, 4, 16), (64, 8, 4, 8), (4096, 32, 8, 32)]
+)
+def test_micro_batches_follow_from_the_global_batch(batch, micro, world, wanted):
+    assert micro_batch_size(batch, micro, world) == wanted
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "said"),
+    [
+        (100, None, 3, "batch_size 100 is not a multiple of the 3 processes: use 99 or 102"),
+        (2, None, 4, "use 4"),
+        (96, 32, 2, "micro_batch_size 32 does not divide the 48 images .* use 16, 24, 48"),
+        (96, 0, 2, "micro_batch_size 0"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_with_sizes_that_do(batch, micro, world, said):
+    with pytest.raises(InputError, match=said):
+        micro_batch_size(batch, micro, world)
+
+
+def run(train: str, run_dir, **more: str) -> None:
+    given = TINY_PRETRAIN | {"data.train": train, "run_dir": str(run_dir)} | more
+    run_command(lambda: parse_config(PretrainConfig, "", arguments(given)), pretrain)
+
+
+def damage(path, count: int) -> None:
+    """Overwrites the pixels of the first `count` images of a tar."""
+    with tarfile.open(path) as tar:
+        images = [member for member in tar if member.name.endswith(".png")][:count]
+    with path.open("r+b") as file:
+        for member in images:
+            file.seek(member.offset_data + 20)
+            file.write(bytes(member.size - 20))
+
+
+def test_a_damaged_sample_is_replaced_counted_and_listed(tmp_path):
+    pattern = write_tars(tmp_path / "shards", "train", 40)
+    damage(tmp_path / "shards" / "train-0000.tar", 1)
+    run(pattern, tmp_path / "run")
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(x["key"], x["shard"].rsplit("/", 1)[1]) for x in listed} == {("train00000", "train-0000.tar")}
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_samples"] == len(listed) > 0
+
+
+def test_too_many_damaged_samples_stop_the_run(tmp_path, capsys):
+    pattern = write_tars(tmp_path / "shards", "train", 40)
+    damage(tmp_path / "shards" / "train-0000.tar", 15)
+    with pytest.raises(SystemExit) as ended:
+        run(pattern, tmp_path / "run")
+    assert ended.value.code == 1
+    assert "samples could not be read (data.max_bad_share is 0.01): see bad_samples.jsonl" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, capsys):
+    pattern = write_tars(tmp_path / "shards", "train", 40)
+    with pytest.raises(SystemExit):
+        run(pattern, tmp_path / "run", **{"optim.base_lr": "1e30", "steps": "40", "save_every_steps": "40"})
+    assert "the loss is" in (said := capsys.readouterr().err) and "lower optim.base_lr" in said
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
