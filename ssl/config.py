@@ -42,7 +42,7 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     """Channel standard deviations divided by; null: those the weights in --init expect, else ImageNet's."""
     max_bad_share: float = 0.01
-    """Share of the samples read so far that may be unreadable before the run stops."""
+    """Share of the samples read so far that may be unreadable before the run stops (ten always may)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ from .randoms import step_seed
 
 Figures = dict[str, float]
 
+BAD_SAMPLES_ALLOWED = 10  # however few were read: a share of a few samples says nothing
+
 
 @dataclass(frozen=True)
 class Hooks:
@@ -148,7 +150,7 @@ def train(
             means = meter.read()
             epoch = done * config.batch_size / len(samples.order)
             figures = {"epoch": epoch, "loss": means["loss"], "lr": schedule.lr_at(step)} | means
-            _check(figures, done, config, samples, keys)
+            _check(figures, done, config, (done - first_step) * config.batch_size, keys)
         if log_now:
             log.metrics(done, figures | norm, eta_s=meter.seconds_for(total_steps - done))
             meter.start()
@@ -221,7 +223,7 @@ def _clip(accelerator: Accelerator, model: nn.Module, config: StageConfig, *, me
     return {"grad_norm": float(norm)} if measure and norm is not None else {}
 
 
-def _check(figures: Figures, done: int, config: StageConfig, samples: Samples, keys: list[str]) -> None:
+def _check(figures: Figures, done: int, config: StageConfig, samples_read: int, keys: list[str]) -> None:
     """Raises InputError when the loss is not finite or too many samples could not be read."""
     if not math.isfinite(figures["loss"]):
         raise InputError(
@@ -229,7 +231,7 @@ def _check(figures: Figures, done: int, config: StageConfig, samples: Samples, k
             "optim.base_lr, set optim.clip_grad 1, or use --precision bf16 or no; the newest state is still good"
         )
     bad, limit = int(figures["bad_samples"]), config.data.max_bad_share
-    if bad > max(1, limit * min(done * config.batch_size, len(samples.order))):
+    if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
         raise InputError(
             f"{bad} samples could not be read (data.max_bad_share is {limit}): see bad_samples.jsonl in the run "
             "folder, write the shards anew, or raise data.max_bad_share"
