@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
 from quarterlight.ssl.config import steps_in
-from quarterlight.ssl.engine import Figures, Hooks, build_accelerator, micro_batch_size, train
+from quarterlight.ssl.engine import Figures, Hooks, Task, micro_batch_size, train
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import export_hub, export_weights, run_facts
 from quarterlight.ssl.files import write_json
-from quarterlight.ssl.index import ShardIndex, class_names, open_index
+from quarterlight.ssl.index import ShardIndex, class_names
 from quarterlight.ssl.loader import Batch, EvalSpans, Samples, build_loader, refuse_unlabelled
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, ShuffledOrder, labelled_subset
 from quarterlight.ssl.patches import pair
-from quarterlight.ssl.released import encoder_spec, read_weights
-from quarterlight.ssl.runs import open_run, write_run_files
+from quarterlight.ssl.runs import write_run_files
+from quarterlight.ssl.stage import open_stage
 
 from .config import FinetuneConfig
 from .evaluate import evaluate
@@ -32,7 +32,7 @@ from .mixing import MixedLoss
 CLASSIFIER_FILE, BEST_FILE = "classifier.safetensors", "classifier_best.safetensors"
 
 
-class ClassifierTask(nn.Module):
+class ClassifierTask(Task):
     """What the engine trains: normalization, mixing, the classifier and its loss."""
 
     def __init__(self, classifier: nn.Module, normalize: Normalize, mixed_loss: MixedLoss) -> None:
@@ -41,6 +41,11 @@ class ClassifierTask(nn.Module):
         self.normalize = normalize
         self.mixed_loss = mixed_loss
 
+    @property
+    def network(self) -> nn.Module:
+        """The classifier."""
+        return self.classifier
+
     def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Returns the training loss of a batch."""
         return self.mixed_loss(self.classifier, self.normalize(batch.images), batch.labels), {}
@@ -48,19 +53,15 @@ class ClassifierTask(nn.Module):
 
 def finetune(config: FinetuneConfig) -> Figures:
     """Runs fine-tuning to its end and leaves the last and the best classifier and the figures in the run folder."""
-    accelerator = build_accelerator(config.precision)
-    run_dir = open_run(config)
-    if config.data.val is None:
+    opened = open_stage(config, config.init, untrained=config.untrained)
+    accelerator, run_dir, index, val_index = opened.accelerator, opened.run_dir, opened.train, opened.val
+    if val_index is None:
         raise InputError("data.val is not given: a classifier is evaluated on shards of its own")
-    with accelerator.local_main_process_first():  # the first process writes the index, the others read it
-        index, val_index = open_index(config.data.train), open_index(config.data.val)
     num_classes = classes_of(index, val_index, config.num_classes)
-    weights = read_weights(config.init) if config.init is not None else None
-    spec = encoder_spec(config.encoder, config.data, weights)
     torch.manual_seed(config.seed)
     classifier, spec, report = build_classifier(
-        spec,
-        None if config.untrained else weights,
+        opened.spec,
+        opened.weights,
         num_classes=num_classes,
         pool=config.pool,
         drop_path=config.drop_path,
@@ -85,7 +86,7 @@ def finetune(config: FinetuneConfig) -> Figures:
         len(val_index), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     val_loader = build_loader(val, spans, num_workers=config.num_workers, persistent=True)
-    labels = class_names(val_index.paths + index.paths)
+    labels = class_names(index.paths)
 
     def measure(step: int, log: RunLog) -> Figures:
         found = evaluate(nn.Sequential(normalize, classifier), val_loader, accelerator)
@@ -119,6 +120,7 @@ def finetune(config: FinetuneConfig) -> Figures:
         print(
             f"done: val top-1 {figures['val_top1']:.2f} % (best {best:.2f} %), {run_dir / CLASSIFIER_FILE}", flush=True
         )
+    accelerator.end_training()
     return figures
 
 

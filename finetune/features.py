@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quarterlight.ssl.encoders import Encoder
+from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import replace_file
 from quarterlight.ssl.loader import BadSample, EvalSpans, Samples, build_loader, refuse_bad
 
@@ -59,7 +60,13 @@ def extract(
         if (path := cache / f"{name}-{r}-of-{world_size}.safetensors").exists()
     ]
     whole = {key: torch.cat([tensors[key] for tensors in parts]) for key in parts[0]}
-    return whole, whole.pop("labels")
+    labels = whole.pop("labels")
+    if len(labels) != len(samples.order):
+        raise InputError(
+            f"{cache}: holds features of {len(labels)} of {len(samples.order)} images: all machines must see "
+            "the same run_dir"
+        )
+    return whole, labels
 
 
 def _hash(encoder: Encoder, normalize: nn.Module, samples: Samples) -> str:

@@ -12,15 +12,14 @@ from torch.nn import functional as F
 
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.encoders import choose_attention
-from quarterlight.ssl.engine import build_accelerator
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import write_json
-from quarterlight.ssl.index import open_index
 from quarterlight.ssl.loader import Samples
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.randoms import hashes
-from quarterlight.ssl.released import encoder_spec, load_encoder, read_weights
-from quarterlight.ssl.runs import open_run, write_run_files
+from quarterlight.ssl.released import load_encoder
+from quarterlight.ssl.runs import write_run_files
+from quarterlight.ssl.stage import open_stage
 
 from .classify import classes_of
 from .config import LinearProbeConfig
@@ -110,17 +109,13 @@ def grid_accuracy(
 
 def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
     """Computes features, linear probes and k-NN, and leaves the figures in the run folder's result.json."""
-    accelerator = build_accelerator(config.precision)
-    run_dir = open_run(config)
-    if config.data.val is None:
+    opened = open_stage(config, config.init, untrained=config.untrained)
+    accelerator, run_dir, spec = opened.accelerator, opened.run_dir, opened.spec
+    if opened.val is None:
         raise InputError("data.val is not given: a probe is evaluated on shards of its own")
-    with accelerator.local_main_process_first():
-        index, val_index = open_index(config.data.train), open_index(config.data.val)
-    num_classes = classes_of(index, val_index, None)
-    weights = read_weights(config.init) if config.init is not None else None
-    spec = encoder_spec(config.encoder, config.data, weights)
+    num_classes = classes_of(opened.train, opened.val, None)
     torch.manual_seed(config.seed)
-    encoder, report = load_encoder(spec, None if config.untrained else weights)
+    encoder, report = load_encoder(spec, opened.weights)
     encoder.eval().to(accelerator.device)
     choose_attention(encoder, accelerator.device, config.precision)
     normalize = Normalize(spec.mean, spec.std).to(accelerator.device)
@@ -130,7 +125,7 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
     size = (encoder.grid[0] * encoder.unit_size, encoder.grid[1] * encoder.unit_size)
     crop = CenterCrop(size, config.data.crop_pct)
     tables = []
-    for which, per_class in ((index, config.data.samples_per_class), (val_index, None)):
+    for which, per_class in ((opened.train, config.data.samples_per_class), (opened.val, None)):
         order = FileOrder(labelled_subset(which.label, per_class, config.seed))
         samples = Samples(which, order, crop, config.seed, config.data.in_chans)
         loading = {"batch_size": config.extract_batch_size, "num_workers": config.num_workers}
@@ -141,7 +136,7 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
         result |= probe_features(*tables, num_classes=num_classes, config=config, device=accelerator.device)
         write_json(run_dir / "result.json", result)
         print(_table(result, run_dir), flush=True)
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return result
 
 

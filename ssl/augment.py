@@ -18,6 +18,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 
 from .config import DataConfig
+from .errors import InputError
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 CROP_TRIES = 10
@@ -91,12 +92,18 @@ class RandomCrop:
     def _policy(self) -> Callable[[Image.Image], Image.Image] | None:
         if self.auto_augment is None:
             return None
-        from timm.data.auto_augment import rand_augment_transform
+        from timm.data import auto_augment
 
-        fill = tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN)
-        return rand_augment_transform(
-            self.auto_augment, {"translate_const": int(min(self.size) * 0.45), "img_mean": fill}
-        )
+        hparams = {  # as timm.data.create_transform(interpolation="bicubic") and so MAE's fine-tuning have them
+            "translate_const": int(min(self.size) * 0.45),
+            "img_mean": tuple(min(255, round(255 * x)) for x in IMAGENET_DEFAULT_MEAN),
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        if self.auto_augment.startswith("rand"):
+            return auto_augment.rand_augment_transform(self.auto_augment, hparams)
+        if self.auto_augment.startswith("augmix"):
+            return auto_augment.augment_and_mix_transform(self.auto_augment, hparams)
+        return auto_augment.auto_augment_transform(self.auto_augment, hparams)
 
 
 @contextlib.contextmanager
@@ -113,8 +120,18 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def random_crop(data: DataConfig, size: tuple[int, int]) -> RandomCrop:
-    """Returns the training augmentation that `data` asks for, to `size` (height, width) in pixels."""
-    return RandomCrop(size, data.crop_scale, data.crop_ratio, data.hflip, data.auto_augment)
+    """Returns the training augmentation that `data` asks for, to `size` (height, width) in pixels.
+
+    Raises InputError for a policy that timm does not know.
+    """
+    crop = RandomCrop(size, data.crop_scale, data.crop_ratio, data.hflip, data.auto_augment)
+    try:
+        _ = crop._policy
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            f"data.auto_augment {data.auto_augment}: timm has no such policy ({error!r}); rand-m9-mstd0.5-inc1 is one"
+        ) from error
+    return crop
 
 
 @dataclass(frozen=True)

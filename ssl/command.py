@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from .config import check_ranges
 from .errors import InputError, did_you_mean
 
 Config = TypeVar("Config")
@@ -108,7 +109,12 @@ def instantiate(parser: CommandParser, config_class: type[Config], parsed: Names
         is_group = any(action.dest.startswith(f"{name}.") for action in parser._actions)
         if is_group and not isinstance(parsed[name], Namespace):
             fail(f"{name} is a group of options, not a value ({parsed[name]}): give {name}.OPTION")
-    return config_class(**vars(parser.instantiate(parsed)))
+    config = config_class(**vars(parser.instantiate(parsed)))
+    try:
+        check_ranges(config)
+    except InputError as error:
+        fail(str(error))
+    return config
 
 
 def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) -> None:
@@ -116,7 +122,11 @@ def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) 
     config = parse_options()
     try:
         run(config)
-    except (InputError, OSError) as error:
+    except InputError as error:
         fail(str(error), status=1)
+    except OSError as error:  # a full disk or a missing mount may be one machine's alone, so every process speaks
+        rank = os.environ.get("RANK")
+        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
         fail("interrupted", status=130)

@@ -196,7 +196,7 @@ def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int
             f"the length of {what} is given by {prefix}steps or by {prefix}epochs: give exactly one "
             f"(now {prefix}steps={steps}, {prefix}epochs={epochs})"
         )
-    return steps if steps is not None else math.ceil(epochs * samples / batch_size)  # type: ignore[operator]
+    return steps if steps is not None else math.ceil(round(epochs * samples / batch_size, 6))  # type: ignore[operator]
 
 
 def flat(config: object, prefix: str = "") -> dict[str, Any]:
@@ -209,3 +209,35 @@ def flat(config: object, prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + key] = value
     return out
+
+
+# What numbers an option takes, by the last part of its name: (smallest, largest), both allowed; None: no bound.
+RANGES: dict[str, tuple[float | None, float | None]] = {
+    "num_workers": (0, None), "batch_size": (1, None), "micro_batch_size": (1, None), "extract_batch_size": (1, None),
+    "epochs": (1e-9, None), "steps": (1, None), "warmup_epochs": (0, None), "warmup_steps": (0, None),
+    "save_every_steps": (1, None), "keep_states": (1, None), "log_every_steps": (1, None),
+    "picture_every_steps": (0, None), "evaluate_every_steps": (0, None), "samples_per_class": (1, None),
+    "img_size": (1, None), "crop_scale": (1e-9, 1), "crop_ratio": (1e-9, None), "crop_pct": (1e-9, 1), "hflip": (0, 1),
+    "std": (1e-9, None), "max_bad_share": (0, 1), "base_lr": (0, None), "min_lr": (0, None), "base_lrs": (0, None),
+    "weight_decay": (0, None), "betas": (0, 1), "clip_grad": (1e-9, None), "layer_decay": (1e-9, 1), "depth": (0, None),
+    "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None), "drop_path": (0, 0.999),
+    "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999), "random_erasing": (0, 1),
+    "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None), "temperature": (1e-9, None),
+}  # fmt: skip
+
+
+def check_ranges(config: object) -> None:
+    """Raises InputError for the first number in a config that is out of its range, or a pair in the wrong order."""
+    for key, value in flat(config).items():
+        name = key.rpartition(".")[2]
+        if key.startswith("encoder.args") or name not in RANGES:
+            continue
+        low, high = RANGES[name]
+        numbers = value if isinstance(value, list | tuple) else [value]
+        for number in numbers:
+            if number is not None and not ((low is None or number >= low) and (high is None or number <= high)):
+                least = "above 0" if low == 1e-9 else f"at least {low}"
+                most = "" if high is None else f" and at most {high}"
+                raise InputError(f"{key} is {number}: it must be {least}{most}")
+        if name in ("crop_scale", "crop_ratio") and numbers[0] > numbers[1]:
+            raise InputError(f"{key} is {list(numbers)}: the smallest comes first")

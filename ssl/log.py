@@ -1,6 +1,7 @@
 """The records of a run: a line on the terminal, a line in metrics.jsonl, and TensorBoard."""
 
 import json
+import math
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +29,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # seconds of imports, paid by one process
 
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines()
-            write_text(self.metrics_path, "".join(f"{line}\n" for line in lines if _step_of(line) <= first_step))
+        drop_later_records(self.metrics_path, first_step)
         self.writer = SummaryWriter(run_dir, purge_step=first_step + 1)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
@@ -51,7 +50,10 @@ class RunLog:
         if not self.enabled:
             return
         with self.metrics_path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # JSON has no NaN
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         shown = {name: value for name, value in values.items() if name != "bad_samples" or value}
@@ -76,6 +78,13 @@ def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Appends one JSON object a line, in one write, so that processes may share the file."""
     with path.open("a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def drop_later_records(path: Path, step: int) -> None:
+    """Keeps the lines of a JSONL file up to `step`; what a killed process wrote after it will be written again."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> int:

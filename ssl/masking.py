@@ -77,7 +77,12 @@ class MaskSampler:
     strategy: Literal["random"] = "random"
 
     def __post_init__(self) -> None:
-        num_keep(self.num_units, self.mask_ratio)  # refuse a bad ratio here, not in a worker
+        _ = self.num_keep  # refuse a bad ratio here, not in a worker
+
+    @property
+    def num_keep(self) -> int:
+        """Number of units kept, K."""
+        return num_keep(self.num_units, self.mask_ratio)
 
     def sample(self, seed: int, positions: Int[np.ndarray, " B"]) -> Masking:
         """Returns one mask for each position."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from .config import OptimConfig, steps_in
@@ -48,11 +49,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     As in MAE, class token and mask token are decayed (they have three dimensions); biases and norms are not.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    return param_groups_weight_decay(model, weight_decay)
 
 
 def build_adamw(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

@@ -97,8 +97,12 @@ def _read_timm(name: str) -> Weights:
         raise InputError(
             f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
         ) from error
-    cfg = model.pretrained_cfg
-    args = _headless(getattr(model, "_model_args", {}))  # what a hub folder's config.json adds to the name
+    if not isinstance(model, VisionTransformer):
+        raise InputError(
+            f"init {name}: a {type(model).__name__} is not supported; use one of timm's plain vit_* models"
+        )
+    cfg: Any = model.pretrained_cfg
+    args = _headless(getattr(model, "_model_args", None) or {})  # what a hub folder's config.json adds to the name
     args |= {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
     spec = ModelSpec(cfg.get("architecture") or name, args, tuple(cfg["mean"]), tuple(cfg["std"]))
     return Weights(name, _encoder_tensors(model.state_dict()), spec)

@@ -1,6 +1,7 @@
 """Opening a run folder: a new one, the same run again, or a refusal that says what differs."""
 
 import dataclasses
+import functools
 import json
 import platform
 import subprocess
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 import yaml
 
-from .config import RunConfig, flat
+from .config import PretrainConfig, RunConfig, flat
 from .errors import InputError
 from .files import write_json, write_text
 
 # Options that may change between two starts of one run: they do not change what it computes.
 NEUTRAL = {
-    "run_dir", "resume", "compile", "micro_batch_size", "num_workers", "save_every_steps", "keep_states",
+    "run_dir", "resume", "compile", "num_workers", "save_every_steps", "keep_states",
     "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
     "data.max_bad_share",
 }  # fmt: skip
@@ -70,6 +71,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that runs is that of the start, whatever is checked out later
 def git_commit() -> str | None:
     """Returns the commit of the source tree, with "-dirty" when it has changes; None for an installed package."""
     here = Path(__file__).parent
@@ -98,7 +100,10 @@ def _differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """Returns what differs and matters. An option that the saved run did not know yet counts as left at its default."""
     before, now, defaults = flat(saved), flat(plain(config)), flat(_defaults(config))
     changed = []
-    for key in sorted((before.keys() | now.keys()) - NEUTRAL):
+    neutral = NEUTRAL | (
+        {"micro_batch_size"} if isinstance(config, PretrainConfig) else set()
+    )  # mixup pairs within one
+    for key in sorted((before.keys() | now.keys()) - neutral):
         was, value = before.get(key, defaults.get(key, "not given")), now.get(key, "not given")
         if was != value:
             changed.append(f"{key} was {was}, is {value}")

@@ -8,23 +8,21 @@ OUT_DIR/
 
 import dataclasses
 import hashlib
-import io
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from .config import ShardsConfig
-from .decode import UnreadableImage, decode_image
+from .encode import Encoded, ImageEncoder
 from .errors import InputError
 from .files import replace_file, write_json, write_text
 from .index import DATASET_FILE
@@ -32,16 +30,6 @@ from .randoms import hashes
 from .sources import Source, SourceImage, read_source
 
 LEFT_OUT_FILE, JOURNAL_FILE = "left_out.jsonl", ".shards-in-progress.json"
-MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
-
-
-class Encoded(NamedTuple):
-    """An image as it will lie in the shard, or the reason why it will not."""
-
-    image: SourceImage
-    extension: str
-    data: bytes
-    reason: str | None
 
 
 def write_shards(source: str, out_dir: str, config: ShardsConfig) -> dict[str, Any]:
@@ -134,7 +122,7 @@ def _write_split(
     earlier = [shard for shard in done if shard["split"] == split]
     start = earlier[-1]["next"] if earlier else 0
     number = len(earlier)
-    encoder = _Encoder(images[start:], config)
+    encoder = ImageEncoder(images[start:], config)
     loader = DataLoader(
         encoder,
         batch_size=None,
@@ -181,45 +169,6 @@ def _write_tar(path: Path, encoded: Iterator[Encoded], start: int, config: Shard
         tar.close()
     counts = {str(label): count for label, count in per_class.items() if label is not None}
     return {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
-
-
-@dataclasses.dataclass
-class _Encoder(Dataset):
-    """Reads, checks and resizes images in worker processes, in order."""
-
-    images: list[SourceImage]
-    config: ShardsConfig
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> Encoded:
-        image = self.images[i]
-        try:
-            if isinstance(image.content, Path):
-                return Encoded(image, *self._encode_file(image.content.read_bytes()), None)
-            return Encoded(image, "png", _png(Image.fromarray(image.content)), None)
-        except (UnreadableImage, OSError) as error:
-            return Encoded(image, "", b"", str(error))
-
-    def _encode_file(self, data: bytes) -> tuple[str, bytes]:
-        pixels = decode_image(data)  # the check: all of it must decode
-        extension = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
-        height, width, _ = pixels.shape
-        if self.config.resize is not None and min(height, width) > self.config.resize:
-            scale = self.config.resize / min(height, width)
-            size = max(1, round(width * scale)), max(1, round(height * scale))
-            buffer = io.BytesIO()
-            resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-            resized.save(buffer, format="JPEG", quality=self.config.quality)
-            return "jpg", buffer.getvalue()
-        return (extension, data) if extension else ("png", _png(Image.fromarray(pixels)))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _as_it_is(item: Encoded) -> Encoded:

@@ -1,10 +1,16 @@
 """The loop's own rules; test_pretrain.py and test_finetune.py run it as users do."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 
 import pytest
+import torch
 from conftest import TINY_PRETRAIN, arguments, write_tars
+from safetensors.torch import load_file
 
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import PretrainConfig
@@ -73,3 +79,67 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, ca
         run(pattern, tmp_path / "run", **{"optim.base_lr": "1e30", "steps": "40", "save_every_steps": "40"})
     assert "the loss is" in (said := capsys.readouterr().err) and "lower optim.base_lr" in said
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("num_workers", "-1", "num_workers is -1: it must be at least 0"),
+        ("steps", "0", "steps is 0: it must be at least 1"),
+        ("data.crop_pct", "0", "data.crop_pct is 0.0: it must be above 0 and at most 1"),
+        ("data.crop_scale", "[1.0,0.2]", "the smallest comes first"),
+        ("data.auto_augment", "nonsense", "timm has no such policy"),
+        ("mask.ratio", "0", "hides none of the 16 patches"),
+        ("data.val", "nowhere/*.tar", "nowhere/*.tar matches no file"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_trained(shards, tmp_path, capsys, option, value, said):
+    with pytest.raises(SystemExit) as ended:
+        run(shards[0], tmp_path / "run", **{option: value})
+    assert ended.value.code in (1, 2) and said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_a_run_killed_before_its_last_export_is_repaired_by_the_same_command(shards, tmp_path):
+    run(shards[0], tmp_path / "run")
+    encoder = tmp_path / "run" / "encoder.safetensors"
+    before = load_file(encoder)
+    encoder.unlink()
+    shutil.rmtree(tmp_path / "run" / "hub")
+    (tmp_path / "run" / "result.json").unlink()
+    run(shards[0], tmp_path / "run")
+    assert all(torch.equal(x, before[name]) for name, x in load_file(encoder).items())
+    assert (tmp_path / "run" / "hub" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["loss"] > 0
+
+
+def test_one_bad_sample_an_epoch_never_stops_a_long_run(tmp_path):
+    pattern = write_tars(tmp_path / "shards", "train", 200, per_shard=200)
+    damage(tmp_path / "shards" / "train-0000.tar", 1)
+    run(pattern, tmp_path / "run", batch_size="100", steps="40", save_every_steps="40", log_every_steps="10")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_samples"] >= 20
+
+
+COUNT_GRAPHS = """
+import sys, torch
+compiled = []
+original = torch.nn.Module.compile
+def backend(graph, inputs):
+    compiled.append(graph)
+    return graph
+torch.nn.Module.compile = lambda self: original(self, backend=backend)
+from quarterlight.ssl.command import parse_config, run_command
+from quarterlight.ssl.config import PretrainConfig
+from quarterlight.ssl.pretrain import pretrain
+run_command(lambda: parse_config(PretrainConfig, ""), pretrain)
+print("graphs:", len(compiled))
+"""
+
+
+def test_a_compiled_run_is_compiled_once(shards, tmp_path):
+    given = TINY_PRETRAIN | {"data.train": shards[0], "run_dir": str(tmp_path / "run"), "compile": "true", "steps": "6"}
+    words = [sys.executable, "-c", COUNT_GRAPHS, *arguments(given)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    graphs = int(done.stdout.rsplit("graphs: ", 1)[1])
+    assert 0 < graphs <= 2  # training, and the picture at the end

@@ -33,6 +33,7 @@ ORDER = [
     "decoder",
     "mae",
     "sources",
+    "encode",
     "shards",
     "optim",
     "checkpoint",
@@ -42,6 +43,7 @@ ORDER = [
     "engine",
     "export",
     "released",
+    "stage",
     "pictures",
     "pretrain",
 ]
