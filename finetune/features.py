@@ -22,7 +22,7 @@ def pooled(tokens: Float[Tensor, "B PN D"], encoder: Encoder) -> Features:
     """Returns the average of the patch tokens and, where there is one, the class token, in float32."""
     features = {"avg": tokens[:, encoder.num_prefix_tokens :].float().mean(dim=1)}
     if getattr(encoder.timm, "cls_token", None) is not None:
-        features["token"] = tokens[:, 0].float()
+        features["token"] = tokens[:, 0].to(torch.float32, copy=True)  # a view would keep all tokens in memory
     return features
 
 

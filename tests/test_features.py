@@ -193,3 +193,9 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_features_do_not_hold_on_to_all_tokens():
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    for values in pooled(torch.randn(4, 17, 48), encoder).values():
+        assert values.untyped_storage().nbytes() == values.numel() * 4
