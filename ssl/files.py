@@ -16,13 +16,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _complete(file: Path) -> None:
+    """Syncs a file and gives it the usual permissions; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+    _sync(file)
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(partial)` on a name beside `path` and renames it; a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
-        _sync(partial)
+        _complete(partial)
         os.replace(partial, path)
         _sync(path.parent)
     finally:
@@ -38,7 +46,7 @@ def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
     try:
         fill(partial)
         for file in partial.iterdir():
-            _sync(file)
+            _complete(file)
         _sync(partial)
         if path.exists():
             os.rename(path, old)

@@ -49,6 +49,9 @@ def open_run(config: RunConfig) -> Path:
 
 def write_run_files(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     """Writes config.yaml, from which the run can be started again, and environment.json."""
+    for leftover in run_dir.glob(".*.partial"):  # of a process that was killed while it wrote
+        if leftover.is_file():
+            leftover.unlink()
     write_text(run_dir / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     write_json(run_dir / "environment.json", environment() | facts)
 

@@ -195,3 +195,14 @@ def test_a_kill_at_any_moment_leaves_no_half_folder_and_the_next_try_cleans_up(t
     assert all(state in (old, new, None) for state in after_kill)
     assert after_kill.count(None) <= 1, "only between two renames"
     assert all(outcome == [newer, ["x"]] for outcome in after_retry)
+
+
+def test_files_have_the_usual_permissions_whoever_wrote_them(tmp_path):
+    def private(path):
+        path.touch(mode=0o600)
+
+    replace_file(tmp_path / "file", private)
+    replace_folder(tmp_path / "folder", lambda folder: private(folder / "file"))
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder" / "file").stat().st_mode == usual
