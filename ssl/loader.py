@@ -4,6 +4,7 @@ A map-style data set whose batch sampler yields only spans of positions, so a ru
 given to `accelerator.prepare`, which would shard it a second time.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -133,6 +134,7 @@ def build_loader(
     Workers are forked where no GPU is in use (0.2 s; 4 s otherwise), since a fork after CUDA has started deadlocks.
     """
     cuda = torch.cuda.is_available()
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: slower, not wrong
     return DataLoader(
         samples,
         batch_sampler=spans,  # type: ignore[arg-type]  # spans reach __getitems__ as they are
