@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quarterlight.ssl.encoders import Encoder
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.files import replace_file
+from quarterlight.ssl.files import replace_file, write_tensors
 from quarterlight.ssl.loader import BadSample, EvalSpans, Samples, build_loader, refuse_bad
 
 Features = dict[str, Tensor]  # float32 [images, D] by pooling: "avg" of the patch tokens, "token" the class token
@@ -51,7 +51,7 @@ def extract(
             collected["labels"].append(batch.labels)
         if not bad and len(spans):
             tensors = {key: torch.cat(values) for key, values in collected.items()}
-            replace_file(part, lambda partial: save_file(tensors, partial))
+            replace_file(part, lambda partial: write_tensors(partial, tensors))
     refuse_bad(gather_object(bad))
     accelerator.wait_for_everyone()
     parts = [

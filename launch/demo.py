@@ -45,7 +45,8 @@ def run_together(steps: list[Step]) -> None:
         for step in steps:
             line = step.last_line()
             if line.startswith("step ") and line != shown.get(step.title):
-                print(f"    {line[:110]}", flush=True)
+                kind = step.title.rpartition(": ")[2] + "  " if len(steps) > 1 else ""
+                print(f"    {kind}{'  '.join(line.split('  ')[:4])}", flush=True)
                 shown[step.title] = line
     for step in steps:
         step.output.close()
@@ -63,7 +64,7 @@ def draw(out: Path, table: list[tuple[str, float, float]]) -> Path:
     from matplotlib import pyplot
 
     picture = out / "demo.png"
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1.7, 1), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 3.1), width_ratios=(1.9, 1), layout="constrained")
     left.imshow(pyplot.imread(out / "mae" / "reconstructions.png"))
     left.set_title("digits it was not trained on: 25 % shown | filled in | original")
     cells = [[f"{before:.1f} %", f"{after:.1f} %"] for _, before, after in table]
@@ -73,9 +74,11 @@ def draw(out: Path, table: list[tuple[str, float, float]]) -> Path:
         colLabels=["untrained", "pretrained"],
         loc="center",
         cellLoc="center",
+        bbox=(0.42, 0.1, 0.58, 0.7),
     )
-    grid.scale(1, 2)
-    right.set_title("digits told apart, few labels")
+    grid.auto_set_font_size(False)
+    grid.set_fontsize(10)
+    right.set_title("digits told apart with few labels", y=0.86)
     for axes in (left, right):
         axes.axis("off")
     figure.savefig(picture, dpi=110)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .errors import InputError
-from .files import replace_folder
+from .files import replace_folder, write_tensors
 
 
 def state_folders(run_dir: Path) -> list[Path]:
@@ -34,8 +34,9 @@ def save_state(
     folder = run_dir / "state" / f"step-{progress['step']:08d}"
 
     def fill(partial: Path) -> None:
-        save_file({name: x.contiguous() for name, x in model.state_dict().items()}, partial / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
+        write_tensors(partial / "model.safetensors", tensors)
+        write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
         (partial / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
 
     replace_folder(folder, fill)

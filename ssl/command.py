@@ -22,6 +22,8 @@ from .errors import InputError, did_you_mean
 
 Config = TypeVar("Config")
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -44,8 +46,18 @@ class CommandParser(ArgumentParser):
         found = (
             re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
             or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)
-            or re.search(r"unrecognized arguments: -*(?P<key>[\w.]+)", message)
+            or re.search(r"unrecognized arguments: --?(?P<key>[\w.]+)", message)
         )
+        if stray := re.search(r"unrecognized arguments: (?P<word>[^-\s]\S*)", message):
+            return f"{stray['word']} belongs to no option: a pattern such as 'train-*.tar' needs quotes"
+        if wrong := re.search(r'Parser key "(?P<key>[\w.]+)": .*?(?:Got|Given) value: (?P<value>\S+)', message):
+            kinds = dict.fromkeys(re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal(\[.*?\]))", message))
+            wanted = [
+                f"one of {choices[1:-1]}" if choices else KINDS.get(str(kind), str(kind)) for kind, choices in kinds
+            ]
+            return (
+                f"{wrong['key']} is {wrong['value'].rstrip(',')}: it must be {' or '.join(wanted) or 'of another type'}"
+            )
         if found:
             parts = found.groupdict()
             name = f"{parts['group']}.{parts['key']}" if "group" in parts else parts["key"]
@@ -129,4 +141,4 @@ def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) 
         print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        fail("interrupted", status=130)
+        fail("interrupted: the same command continues from the newest saved state, if there is one", status=130)

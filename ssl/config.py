@@ -219,10 +219,11 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "picture_every_steps": (0, None), "evaluate_every_steps": (0, None), "samples_per_class": (1, None),
     "img_size": (1, None), "crop_scale": (1e-9, 1), "crop_ratio": (1e-9, None), "crop_pct": (1e-9, 1), "hflip": (0, 1),
     "std": (1e-9, None), "max_bad_share": (0, 1), "base_lr": (0, None), "min_lr": (0, None), "base_lrs": (0, None),
-    "weight_decay": (0, None), "betas": (0, 1), "clip_grad": (1e-9, None), "layer_decay": (1e-9, 1), "depth": (0, None),
-    "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None), "drop_path": (0, 0.999),
-    "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999), "random_erasing": (0, 1),
-    "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None), "temperature": (1e-9, None),
+    "weight_decay": (0, None), "betas": (0, 0.9999999), "clip_grad": (1e-9, None), "layer_decay": (1e-9, 1),
+    "depth": (1, None), "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None),
+    "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
+    "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
+    "temperature": (1e-9, None),
 }  # fmt: skip
 
 
@@ -234,6 +235,8 @@ def check_ranges(config: object) -> None:
             continue
         low, high = RANGES[name]
         numbers = value if isinstance(value, list | tuple) else [value]
+        if not numbers:
+            raise InputError(f"{key} is empty: give at least one number")
         for number in numbers:
             if number is not None and not ((low is None or number >= low) and (high is None or number <= high)):
                 least = "above 0" if low == 1e-9 else f"at least {low}"

@@ -24,7 +24,7 @@ def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = Non
         raise InputError(f"timm {timm.__version__} has no model {name}{did_you_mean(name, timm.list_models(), most=3)}")
     try:
         return timm.create_model(name, **timm_args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         given = ", ".join(f"{key}={value}" for key, value in timm_args.items())
         raise InputError(f"timm cannot build {name} with {given}: {error}") from error
 
@@ -35,7 +35,17 @@ def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, *
     `img_size` is a side or (height, width) in pixels; `timm_args` go to `timm.create_model` as they are.
     Raises InputError when the model does not exist or cannot encode visible patches only.
     """
-    model = create_timm_model(name, img_size=img_size, **{"num_classes": 0, **timm_args})
+    try:
+        model = create_timm_model(name, img_size=img_size, **{"num_classes": 0, **timm_args})
+    except InputError as error:  # arguments of a ViT given to another family: the family is what is wrong
+        family = (
+            timm.model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else "vision_transformer"
+        )
+        if not family.startswith(("vision_transformer", "deit")):
+            raise InputError(
+                f"encoder {name}: a {family} is not supported; use one of timm's plain vit_* models"
+            ) from error
+        raise
     if type(model) is not VisionTransformer:
         raise InputError(
             f"encoder {name}: a {type(model).__name__} is not supported; use one of timm's plain vit_* models"

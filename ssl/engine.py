@@ -197,9 +197,9 @@ def _resume(
     """Returns the progress of the newest state, loaded into task and optimizer, or that of a new run."""
     fingerprint = samples.index.fingerprint()
     states = state_folders(run_dir)
-    if not states:
-        return {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "figures": {}}
-    progress = load_state(states[-1], task, optimizer)
+    progress = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "figures": {}}
+    if states:
+        progress = load_state(states[-1], task, optimizer)
     if progress["data_fingerprint"] != fingerprint:
         raise InputError(
             f"{run_dir} was trained on other shards (fingerprint {progress['data_fingerprint']}, data.train now has "
@@ -269,11 +269,11 @@ def _check(
         if not math.isfinite(figures.get(name, 0.0)):
             raise InputError(
                 f"the {name} is {figures[name]} at step {done} (last samples: {', '.join(keys[:4])}): lower "
-                "optim.base_lr, set optim.clip_grad 1, or use --precision no; states saved before are not affected"
+                "optim.base_lr, set optim.clip_grad 1, or use --precision no, in a new run_dir if this one holds states"
             )
     bad, limit = int(figures["bad_samples"]), config.data.max_bad_share
     if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
         raise InputError(
-            f"{bad} samples could not be read (data.max_bad_share is {limit}): see bad_samples.jsonl in the run "
-            "folder, write the shards anew, or raise data.max_bad_share"
+            f"{bad} reads of samples failed in {samples_read} (data.max_bad_share is {limit}): see bad_samples.jsonl, "
+            "write the shards anew, or raise data.max_bad_share"
         )

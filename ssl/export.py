@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .files import replace_file, replace_folder
+from .files import replace_file, replace_folder, write_tensors
 from .patches import pair
 from .runs import environment
 
@@ -43,7 +43,7 @@ def export_weights(path: Path, model: nn.Module, spec: ModelSpec, facts: dict[st
         **{key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()},
     }
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    replace_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    replace_file(path, lambda partial: write_tensors(partial, tensors, metadata))
 
 
 def export_hub(
@@ -73,14 +73,18 @@ def export_hub(
 
     def fill(partial: Path) -> None:
         args = {key: value for key, value in spec.args.items() if key != "num_classes"}
-        save_for_hf(model, str(partial), model_config=config, model_args=args, safe_serialization=True)
+        try:
+            save_for_hf(model, str(partial), model_config=config, model_args=args, safe_serialization=True)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error})") from error
         (partial / "README.md").write_text(_model_card(title, spec, facts))
 
     replace_folder(path, fill)
 
 
 def _model_card(title: str, spec: ModelSpec, facts: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    passing = {"images_per_s", "data_wait_pct", "memory_gb", "lr", "bad_samples", "grad_norm"}  # of the last interval
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if key not in passing)
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, timm, masked-autoencoder]

@@ -48,7 +48,10 @@ def shard_paths(patterns: str | Sequence[str]) -> list[Path]:
                 reason = "matches no file" if glob.has_magic(part) else "does not exist"
                 raise InputError(f"shards: {part} {reason} (seen from {Path.cwd()})")
             if folders := [match for match in matches if os.path.isdir(match)]:
-                raise InputError(f"shards: {folders[0]} is a folder; name its tars, as in '{folders[0]}/train-*.tar'")
+                raise InputError(
+                    f"shards: {folders[0]} is a folder; name its tars, as in '{folders[0]}/train-*.tar' "
+                    "(launch/shards.py makes them of images)"
+                )
             found |= dict.fromkeys(Path(match).absolute() for match in matches)
     if not found:
         raise InputError("shards: no pattern given")

@@ -10,6 +10,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from .config import OptimConfig, steps_in
+from .errors import InputError
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Schedule:
 def build_schedule(config: OptimConfig, *, total_steps: int, samples: int, batch_size: int) -> Schedule:
     """Returns the schedule for a run over `samples` images; no warm-up when its length is not given.
 
-    Raises InputError when the warm-up is given both in steps and in epochs.
+    Raises InputError when the warm-up is given both in steps and in epochs, or is longer than the run.
     """
     warmup = 0
     if config.warmup_steps is not None or config.warmup_epochs is not None:
         warmup = steps_in("warm-up", config.warmup_steps, config.warmup_epochs, samples=samples, batch_size=batch_size)
+    if warmup > total_steps:
+        raise InputError(f"the warm-up is {warmup} steps long and the run {total_steps}: shorten optim.warmup_*")
     return Schedule(config.base_lr * batch_size / 256, config.min_lr, warmup, total_steps)
 
 

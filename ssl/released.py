@@ -47,7 +47,8 @@ def read_weights(init: str) -> Weights:
         if (path / "config.json").is_file():
             return _read_timm(f"local-dir:{path}")
         raise InputError(
-            f"init {init}: the folder has no {ENCODER_FILE}; a run writes it when it saves its first state"
+            f"init {init}: the folder holds no {ENCODER_FILE} and no classifier.safetensors; a run writes them"
+            " with its states"
         )
     if path.is_file():
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
@@ -77,7 +78,7 @@ def _read_pickled(path: Path) -> Weights:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for what is not its own format
         raise InputError(
-            f"init {path}: not a readable weights file ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            f"init {path}: not a .safetensors file, nor a .pth file of plain tensors ({type(error).__name__})"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -32,18 +33,26 @@ def open_run(config: RunConfig) -> Path:
     """
     run_dir = Path(config.run_dir)
     saved = run_dir / "config.yaml"
-    if saved.exists():
-        if config.resume == "never":
-            raise InputError(
-                f"run_dir {run_dir} holds a run and resume is never: choose another run_dir or --resume auto"
-            )
-        if differences := _differences(_read_config(saved), config):
-            raise InputError(
-                f"run_dir {run_dir} holds a run with another configuration ({'; '.join(differences)}): "
-                "give the same options to continue it, or another run_dir"
-            )
-    elif run_dir.exists() and any(path for path in run_dir.iterdir() if not path.name.startswith(".")):
-        raise InputError(f"run_dir {run_dir} is not empty and holds no run: choose another one")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / f".writable-{os.getpid()}.partial").touch()
+        (run_dir / f".writable-{os.getpid()}.partial").unlink()
+    except OSError as error:
+        raise InputError(f"run_dir {run_dir} cannot be written ({error.strerror}): choose another one") from error
+    if not saved.exists():
+        if any(path for path in run_dir.iterdir() if not path.name.startswith(".")):
+            raise InputError(f"run_dir {run_dir} is not empty and holds no run: choose another one")
+        return run_dir
+    if config.resume == "never":
+        raise InputError(f"run_dir {run_dir} holds a run and resume is never: choose another run_dir or --resume auto")
+    if not (run_dir / "result.json").exists() and not any(run_dir.glob("state/step-*")):
+        return run_dir  # refused or stopped before its first state: there is nothing to lose
+    if differences := _differences(_read_config(saved), config):
+        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        raise InputError(
+            f"run_dir {run_dir} holds a run with another configuration ({shown}): "
+            "give the same options to continue it, or another run_dir"
+        )
     return run_dir
 
 

@@ -6,6 +6,7 @@ OUT_DIR/
     left_out.jsonl                             images that could not be read, and why
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -89,7 +90,10 @@ def _finished(out: Path, plan: str) -> dict[str, Any] | None:
 
 def _open_journal(out: Path, plan: str) -> dict[str, Any]:
     """Returns the journal of an interrupted run of the same plan, or a new one, on disk before the first shard is."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out_dir {out} cannot be written ({error.strerror}): choose another one") from error
     if (out / JOURNAL_FILE).exists():
         journal = _same_plan(out / JOURNAL_FILE, plan)
     elif any(out.glob("*.tar")):
@@ -152,21 +156,26 @@ def _write_tar(path: Path, encoded: Iterator[Encoded], start: int, config: Shard
     position = start
     with path.open("wb") as file:
         tar = TarWriter(file, mtime=0, encoder=False)
-        for item in encoded:
-            if item.reason is None:
-                stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(item.image.name).stem)[:60]
-                sample: dict[str, Any] = {"__key__": f"{position:08d}-{stem}", item.extension: item.data}
-                if item.image.label is not None:
-                    sample["cls"] = str(item.image.label).encode()
-                tar.write(sample)
-                per_class[item.image.label] += 1
-            else:
-                left_out.append({"file": item.image.name, "reason": item.reason})
-            position += 1
-            bar.update()
-            if file.tell() >= config.shard_size_mb * 1e6:
-                break
-        tar.close()
+        try:
+            for item in encoded:
+                if item.reason is None:
+                    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(item.image.name).stem)[:60]
+                    sample: dict[str, Any] = {"__key__": f"{position:08d}-{stem}", item.extension: item.data}
+                    if item.image.label is not None:
+                        sample["cls"] = str(item.image.label).encode()
+                    tar.write(sample)
+                    per_class[item.image.label] += 1
+                else:
+                    left_out.append({"file": item.image.name, "reason": item.reason})
+                position += 1
+                bar.update()
+                if file.tell() >= config.shard_size_mb * 1e6:
+                    break
+            tar.close()
+        except BaseException:  # left open, the tar would complain on its own, later and at length
+            with contextlib.suppress(Exception):
+                tar.close()
+            raise
     counts = {str(label): count for label, count in per_class.items() if label is not None}
     return {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
 

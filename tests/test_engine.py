@@ -70,7 +70,7 @@ def test_too_many_damaged_samples_stop_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         run(pattern, tmp_path / "run")
     assert ended.value.code == 1
-    assert "samples could not be read (data.max_bad_share is 0.01): see bad_samples.jsonl" in capsys.readouterr().err
+    assert "(data.max_bad_share is 0.01): see bad_samples.jsonl" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, capsys):
