@@ -49,17 +49,25 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_killed(words: list[str], kills: int, longest_s: float, rng: random.Random) -> list[float]:
-    """Starts `words` again and again, killing it after a random time, then lets it end. Returns these times."""
-    times = []
-    for _ in range(kills):
+def run_killed(words: list[str], run_dir: Path, moments: list[float]) -> list[int]:
+    """Starts `words` again and again, killing it at each moment, and lets it end at last.
+
+    A moment is a step and a fraction: of a second, after that step was logged. Returns the exit codes: -9 for a process
+    that was really killed.
+    """
+    codes = []
+    for moment in moments:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        times.append(rng.uniform(0.3, 1) * longest_s)
-        time.sleep(times[-1])
+        metrics = run_dir / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and len(metrics.read_text().splitlines()) > int(moment):
+                time.sleep(moment % 1)
+                break
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        codes.append(process.wait())
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    return times
+    return codes
 
 
 def main() -> None:
@@ -75,26 +83,28 @@ def main() -> None:
     print(f"{'processes':>9} {'workers':>7} {'samples equal':>13} {'largest loss difference':>23}")
     for processes, workers in SETTINGS:
         run_dir = given.dir / f"{processes}-process-{workers}-workers"
-        started_at = time.perf_counter()
         words = command(given.train, run_dir, given.steps, workers, processes)
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        elapsed_s = time.perf_counter() - started_at
         equal = seen(run_dir) == seen(reference) and len(seen(run_dir)) == given.steps
         difference = max(abs(a - b) for a, b in zip(losses(run_dir), losses(reference), strict=True))
         print(f"{processes:9} {workers:7} {equal!s:>13} {difference:23.1e}", flush=True)
         figures.append(
             {"processes": processes, "workers": workers, "samples_equal": equal, "loss_difference": difference}
         )
-        if (processes, workers) == (1, 0):
-            longest_s = elapsed_s
     killed = given.dir / "killed"
     words = command(given.train, killed, given.steps, 1, 1)
-    times = run_killed(words, given.kills, longest_s, random.Random(0))
+    rng = random.Random(0)
+    moments = sorted(rng.uniform(0, given.steps - 2) for _ in range(given.kills))
+    codes = run_killed(words, killed, moments)
     ours, wanted = (load_file(run_dir / "encoder.safetensors") for run_dir in (killed, reference))
     bits = all(torch.equal(ours[name], wanted[name]) for name in wanted)
-    print(f"killed {given.kills} times, after {', '.join(f'{t:.1f}' for t in times)} s: weights bit-identical: {bits}")
+    print(
+        f"killed at steps {', '.join(f'{m:.1f}' for m in moments)} (exit codes {codes}): weights bit-identical: {bits}"
+    )
     same = seen(killed) == seen(reference)
-    print(json.dumps({"settings": figures, "kills": given.kills, "bit_identical": bits, "killed_samples_equal": same}))
+    print(
+        json.dumps({"settings": figures, "kills": codes.count(-9), "bit_identical": bits, "killed_samples_equal": same})
+    )
 
 
 if __name__ == "__main__":

@@ -343,7 +343,10 @@ def test_a_refusal_of_the_system_ends_with_one_line_and_status_1(capsys: pytest.
 
 
 def test_an_interrupt_ends_with_status_130(capsys: pytest.CaptureFixture[str]):
-    assert answer(KeyboardInterrupt(), capsys) == (130, "error: interrupted\n")
+    assert answer(KeyboardInterrupt(), capsys) == (
+        130,
+        "error: interrupted: the same command continues from the newest saved state, if there is one\n",
+    )
 
 
 def test_a_bug_keeps_its_traceback():

@@ -10,11 +10,25 @@ import yaml
 
 from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.ssl.command import parse_config
-from quarterlight.ssl.config import DataConfig, DecoderConfig, EncoderConfig, MaskConfig, OptimConfig, PretrainConfig
+from quarterlight.ssl.config import (
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    MaskConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+)
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.runs import git_commit, open_run, plain, write_run_files
 
 DATA = DataConfig(train="train.tar")
+
+
+def begin(run_dir: Path, config: RunConfig) -> None:
+    """Leaves what a run leaves once it has saved a state."""
+    write_run_files(run_dir, config)
+    (run_dir / "state" / "step-00000001").mkdir(parents=True)
 
 
 @pytest.fixture
@@ -25,7 +39,7 @@ def config(tmp_path: Path) -> PretrainConfig:
 @pytest.fixture
 def run_dir(config: PretrainConfig) -> Path:
     """A run folder that `config` has been started in."""
-    write_run_files(Path(config.run_dir), config)
+    begin(Path(config.run_dir), config)
     return Path(config.run_dir)
 
 
@@ -96,7 +110,7 @@ def test_all_differences_are_listed(config: PretrainConfig, run_dir: Path):
 )
 def test_an_encoder_argument_given_changed_or_taken_away_is_refused(config: PretrainConfig, before: dict, now: dict):
     started = dataclasses.replace(config, encoder=EncoderConfig(name="v", args=before))
-    write_run_files(Path(config.run_dir), started)
+    begin(Path(config.run_dir), started)
     assert open_run(started) == Path(config.run_dir)
     assert "encoder.args" in refusal(dataclasses.replace(config, encoder=EncoderConfig(name="v", args=now)))
 
@@ -152,7 +166,7 @@ def test_fine_tuning_in_the_folder_of_a_pretraining_is_refused(tmp_path: Path):
     before = PretrainConfig(run_dir=str(tmp_path / "x"), data=DATA, epochs=2.0, init="runs/y")
     tuning = FinetuneConfig(run_dir=str(tmp_path / "x"), data=DATA, epochs=2.0, init="runs/y")
     same = OptimConfig(base_lr=tuning.optim.base_lr, min_lr=tuning.optim.min_lr, betas=tuning.optim.betas)
-    write_run_files(tmp_path / "x", dataclasses.replace(before, optim=same))
+    begin(tmp_path / "x", dataclasses.replace(before, optim=same))
     refusal(tuning)
 
 
@@ -205,4 +219,14 @@ def test_environment_names_versions_commit_and_facts(config: PretrainConfig):
 
 
 def test_nothing_half_written_is_left_beside_the_run_files(config: PretrainConfig, run_dir: Path):
-    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "environment.json"}
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "environment.json", "state"}
+
+
+def test_a_run_that_never_saved_a_state_gives_its_folder_back(config: PretrainConfig):
+    write_run_files(Path(config.run_dir), config)
+    assert open_run(dataclasses.replace(config, seed=5)) == Path(config.run_dir)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(config: PretrainConfig):
+    with pytest.raises(InputError, match="run_dir /proc/x cannot be written"):
+        open_run(dataclasses.replace(config, run_dir="/proc/x"))
