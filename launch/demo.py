@@ -113,33 +113,24 @@ def main() -> None:
         ("4/4", "finetune.py", "finetune/digits.yaml", "finetune", "fine-tuning, 5 labels a class"),
     ):
         few = ["--data.samples_per_class", "10"] if name == "probe" else []
-        run_together(
-            [
-                step(
-                    f"{number}  {what}: {kind}",
-                    script,
-                    recipe,
-                    f"{name}-{kind}",
-                    "--init",
-                    f"{out}/mae",
-                    *few,
-                    *more,
-                    threads=share,
-                )
-                for kind, more in kinds.items()
-            ]
-        )
-    found = {
-        kind: [json.loads((out / f"{name}-{kind}" / "result.json").read_text()) for name in ("probe", "finetune")]
-        for kind in kinds
-    }
+        init = ["--init", f"{out}/mae", *few]
+        pair = [
+            step(f"{number}  {what}: {kind}", script, recipe, f"{name}-{kind}", *init, *more, threads=share)
+            for kind, more in kinds.items()
+        ]
+        run_together(pair)
+
+    def both(name: str, figure: str) -> tuple[float, float]:
+        results = [
+            json.loads((out / f"{name}-{kind}" / "result.json").read_text()) for kind in ("untrained", "pretrained")
+        ]
+        before, after = (result | result.get("knn_top1", {}) for result in results)
+        return before[figure], after[figure]
+
     table = [
-        (
-            "k-NN (k = 10), 10 labels a class",
-            *(found[kind][0]["knn_top1"]["avg_k10"] for kind in ("untrained", "pretrained")),
-        ),
-        ("linear probe, 10 labels a class", *(found[kind][0]["linear_top1"] for kind in ("untrained", "pretrained"))),
-        ("fine-tuned, 5 labels a class", *(found[kind][1]["val_top1"] for kind in ("untrained", "pretrained"))),
+        ("k-NN (k = 10), 10 labels a class", *both("probe", "avg_k10")),
+        ("linear probe, 10 labels a class", *both("probe", "linear_top1")),
+        ("fine-tuned, 5 labels a class", *both("finetune", "val_top1")),
     ]
     print(f"\n{'':34}{'untrained':>12}{'pretrained':>12}")
     for name, before, after in table:

@@ -67,9 +67,8 @@ def build_accelerator(precision: str) -> Accelerator:
     if cpu and precision == "fp16":
         raise InputError("precision fp16 needs a GPU: use bf16 or no")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(hours=2)
-    )  # the first process may scan shards or fit probes alone
+    # The first process may scan shards or fit probes alone for longer than the usual ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[ddp, patience])
 
 
@@ -118,9 +117,7 @@ def train(
     choose_attention(task, accelerator.device, config.precision)
     if config.compile:
         task.network.compile()
-    model, prepared = accelerator.prepare(
-        task, optimizer
-    )  # in this order, so that resumed moments follow to the device
+    model, prepared = accelerator.prepare(task, optimizer)  # the model first, so that resumed moments follow it
     if accelerator.scaler is not None and "scaler" in progress:
         accelerator.scaler.load_state_dict(progress["scaler"])
     _agree_on(first_step, accelerator, run_dir)
