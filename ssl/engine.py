@@ -8,6 +8,7 @@ import contextlib
 import math
 import random
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def build_accelerator(precision: str) -> Accelerator:
     if cpu and precision == "fp16":
         raise InputError("precision fp16 needs a GPU: use bf16 or no")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # a one-channel patch embedding: no cost, no error
     # The first process may scan shards or fit probes alone for longer than the usual ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[ddp, patience])
