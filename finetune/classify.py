@@ -4,16 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
+from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
 from quarterlight.ssl.engine import Figures, Hooks, Task, micro_batch_size, train
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.export import export_hub, export_weights, run_facts
+from quarterlight.ssl.export import ModelSpec, export_hub, export_weights, run_facts
 from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import ShardIndex, class_names
 from quarterlight.ssl.loader import Batch, EvalSpans, Samples, build_loader, refuse_unlabelled
@@ -22,7 +25,7 @@ from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, ShuffledOrder, labelled_subset
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.runs import write_run_files
-from quarterlight.ssl.stage import open_stage
+from quarterlight.ssl.stage import Opened, open_stage
 
 from .config import FinetuneConfig
 from .evaluate import evaluate
@@ -35,14 +38,14 @@ CLASSIFIER_FILE, BEST_FILE = "classifier.safetensors", "classifier_best.safetens
 class ClassifierTask(Task):
     """What the engine trains: normalization, mixing, the classifier and its loss."""
 
-    def __init__(self, classifier: nn.Module, normalize: Normalize, mixed_loss: MixedLoss) -> None:
+    def __init__(self, classifier: VisionTransformer, normalize: Normalize, mixed_loss: MixedLoss) -> None:
         super().__init__()
         self.classifier = classifier
         self.normalize = normalize
         self.mixed_loss = mixed_loss
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> VisionTransformer:
         """The classifier."""
         return self.classifier
 
@@ -54,42 +57,69 @@ class ClassifierTask(Task):
 def finetune(config: FinetuneConfig) -> Figures:
     """Runs fine-tuning to its end and leaves the last and the best classifier and the figures in the run folder."""
     opened = open_stage(config, config.init, untrained=config.untrained)
-    accelerator, run_dir, index, val_index = opened.accelerator, opened.run_dir, opened.train, opened.val
-    if val_index is None:
+    accelerator, run_dir = opened.accelerator, opened.run_dir
+    if opened.val is None:
         raise InputError("data.val is not given: a classifier is evaluated on shards of its own")
-    num_classes = classes_of(index, val_index, config.num_classes)
-    torch.manual_seed(config.seed)
-    classifier, spec, report = build_classifier(
-        opened.spec,
-        opened.weights,
-        num_classes=num_classes,
-        pool=config.pool,
-        drop_path=config.drop_path,
-    )
     micro = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
-    normalize = Normalize(spec.mean, spec.std)
-    task = ClassifierTask(classifier, normalize, MixedLoss(config.mixing, num_classes=num_classes, batch_size=micro))
-    size = pair(classifier.patch_embed.img_size)
-    ids = labelled_subset(index.label, config.data.samples_per_class, config.seed)
-    samples = Samples(
-        index, ShuffledOrder(ids, config.seed), random_crop(config.data, size), config.seed, config.data.in_chans
-    )
+    task, spec, report = _build_task(config, opened, classes_of(opened.train, opened.val, config.num_classes), micro)
+    size = pair(task.classifier.patch_embed.img_size)
+    ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
+    order, crop = ShuffledOrder(ids, config.seed), random_crop(config.data, size)
+    samples = Samples(opened.train, order, crop, config.seed, config.data.in_chans)
     total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
     schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
-    groups = layer_decay_groups(classifier, config.optim)
-    optimizer = build_adamw(groups, config.optim)
-    crop = CenterCrop(size, config.data.crop_pct)
-    val = Samples(
-        val_index, FileOrder(labelled_subset(val_index.label, None, 0)), crop, config.seed, config.data.in_chans
+    optimizer = build_adamw(layer_decay_groups(task.classifier, config.optim), config.optim)
+    if accelerator.is_main_process:
+        write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
+        if not state_folders(run_dir):  # what a run that never saved a state has left is of other weights
+            (run_dir / BEST_FILE).unlink(missing_ok=True)
+        print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
+        print(f"{total_steps} steps of {config.batch_size}", flush=True)
+    hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(ids))
+    figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
+    if accelerator.is_main_process:
+        best = _best_so_far(run_dir)
+        facts = {"command": "finetune", "finished": True, "steps": total_steps, "best_val_top1": best}
+        write_json(run_dir / "result.json", facts | figures)
+        print(
+            f"done: val top-1 {figures['val_top1']:.2f} % (best {best:.2f} %), {run_dir / CLASSIFIER_FILE}", flush=True
+        )
+    accelerator.end_training()
+    return figures
+
+
+def _build_task(
+    config: FinetuneConfig, opened: Opened, num_classes: int, micro: int
+) -> tuple[ClassifierTask, ModelSpec, str]:
+    """Returns the task, the spec that builds its classifier again, and a sentence on the weights loaded."""
+    torch.manual_seed(config.seed)
+    classifier, spec, report = build_classifier(
+        opened.spec, opened.weights, num_classes=num_classes, pool=config.pool, drop_path=config.drop_path
     )
-    spans = EvalSpans(
-        len(val_index), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes
-    )
-    val_loader = build_loader(val, spans, num_workers=config.num_workers, persistent=True)
-    labels = class_names(index.paths)
+    mixed_loss = MixedLoss(config.mixing, num_classes=num_classes, batch_size=micro)
+    return ClassifierTask(classifier, Normalize(spec.mean, spec.std), mixed_loss), spec, report
+
+
+def _hooks(
+    config: FinetuneConfig,
+    opened: Opened,
+    val: ShardIndex,
+    task: ClassifierTask,
+    spec: ModelSpec,
+    micro: int,
+    total_steps: int,
+    train_images: int,
+) -> Hooks:
+    """Returns what fine-tuning adds to the loop: evaluation, keeping the best classifier, and the release."""
+    accelerator, run_dir, classifier = opened.accelerator, opened.run_dir, task.classifier
+    crop = CenterCrop(pair(classifier.patch_embed.img_size), config.data.crop_pct)
+    samples = Samples(val, FileOrder(np.arange(len(val))), crop, config.seed, config.data.in_chans)
+    spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True)
+    labels = class_names(opened.train.paths)
 
     def measure(step: int, log: RunLog) -> Figures:
-        found = evaluate(nn.Sequential(normalize, classifier), val_loader, accelerator)
+        found = evaluate(nn.Sequential(task.normalize, classifier), loader, accelerator)
         figures = {f"val_{name}": value for name, value in found.items()}
         log.metrics(step, figures)
         if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
@@ -103,25 +133,9 @@ def finetune(config: FinetuneConfig) -> Figures:
         if progress["step"] == total_steps:
             export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=labels)
 
-    every = -(-len(ids) // config.batch_size) if config.evaluate_every_steps is None else config.evaluate_every_steps
-    if accelerator.is_main_process:
-        write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
-        print(
-            f"{report}\n{len(ids)} images of {num_classes} classes, {total_steps} steps of {config.batch_size}",
-            flush=True,
-        )
-    figures = train(task, optimizer, samples, schedule, config, accelerator, Hooks(measure, every, export), run_dir)
-    if accelerator.is_main_process:
-        best = _best_so_far(run_dir)
-        write_json(
-            run_dir / "result.json",
-            {"command": "finetune", "finished": True, "steps": total_steps, "best_val_top1": best, **figures},
-        )
-        print(
-            f"done: val top-1 {figures['val_top1']:.2f} % (best {best:.2f} %), {run_dir / CLASSIFIER_FILE}", flush=True
-        )
-    accelerator.end_training()
-    return figures
+    an_epoch = -(-train_images // config.batch_size)
+    every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps
+    return Hooks(measure, every, export)
 
 
 def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -145,3 +146,14 @@ def test_probe_reports_both_poolings_and_neighbors_alike_for_one_and_two_process
     assert "linear probe" in printed and "k-NN" in printed
     launch("linear_probe.py", given | {"run_dir": str(tmp_path / "untrained"), "untrained": "true"})
     assert result(tmp_path / "untrained")["encoder"].endswith("initial weights")
+
+
+def test_the_best_classifier_of_an_attempt_that_saved_no_state_is_forgotten(
+    shards, pretrained, tmp_path, launch, finetuned
+):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("config.yaml", "environment.json", "classifier_best.safetensors"):
+        shutil.copy(finetuned / name, run_dir / name)
+    launch("finetune.py", options(shards, pretrained, run_dir, steps="5", **{"optim.base_lr": "0"}))
+    assert result(run_dir)["best_val_top1"] == result(run_dir)["val_top1"] < result(finetuned)["best_val_top1"]
