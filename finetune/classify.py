@@ -16,7 +16,7 @@ from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
 from quarterlight.ssl.engine import Figures, Hooks, Task, micro_batch_size, train
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.export import ModelSpec, export_hub, export_weights, run_facts
+from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import ShardIndex, class_names
 from quarterlight.ssl.loader import Batch, EvalSpans, Samples, build_loader, refuse_unlabelled
@@ -32,7 +32,7 @@ from .evaluate import evaluate
 from .heads import build_classifier, layer_decay_groups
 from .mixing import MixedLoss
 
-CLASSIFIER_FILE, BEST_FILE = "classifier.safetensors", "classifier_best.safetensors"
+BEST_FILE = "classifier_best.safetensors"
 
 
 class ClassifierTask(Task):

@@ -14,7 +14,7 @@ from .files import replace_file, replace_folder, write_tensors
 from .patches import pair
 from .runs import environment
 
-ENCODER_FILE = "encoder.safetensors"
+ENCODER_FILE, CLASSIFIER_FILE = "encoder.safetensors", "classifier.safetensors"
 
 
 @dataclass(frozen=True)

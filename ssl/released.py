@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import DataConfig, EncoderConfig
 from .encoders import Encoder, build_encoder
 from .errors import InputError
-from .export import ENCODER_FILE, ModelSpec
+from .export import CLASSIFIER_FILE, ENCODER_FILE, ModelSpec
 from .patches import pair
 
 # A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
@@ -42,12 +42,13 @@ def read_weights(init: str) -> Weights:
     """
     path = Path(init).expanduser()
     if path.is_dir():
-        if (path / ENCODER_FILE).is_file():
-            return _read_safetensors(path / ENCODER_FILE)
+        for name in (ENCODER_FILE, CLASSIFIER_FILE):
+            if (path / name).is_file():
+                return _read_safetensors(path / name)
         if (path / "config.json").is_file():
             return _read_timm(f"local-dir:{path}")
         raise InputError(
-            f"init {init}: the folder holds no {ENCODER_FILE} and no classifier.safetensors; a run writes them"
+            f"init {init}: the folder holds no {ENCODER_FILE} and no {CLASSIFIER_FILE}; a run writes them"
             " with its states"
         )
     if path.is_file():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from quarterlight.finetune.classify import finetune
 from quarterlight.finetune.config import FinetuneConfig
 from quarterlight.ssl.command import parse_config, run_command
+from quarterlight.ssl.released import load_encoder, read_weights
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -157,3 +158,12 @@ def test_the_best_classifier_of_an_attempt_that_saved_no_state_is_forgotten(
         shutil.copy(finetuned / name, run_dir / name)
     launch("finetune.py", options(shards, pretrained, run_dir, steps="5", **{"optim.base_lr": "0"}))
     assert result(run_dir)["best_val_top1"] == result(run_dir)["val_top1"] < result(finetuned)["best_val_top1"]
+
+
+def test_a_fine_tuning_run_serves_as_init(finetuned):
+    weights = read_weights(str(finetuned))
+    assert weights.source.endswith("classifier.safetensors")
+    encoder, report = load_encoder(weights.spec, weights)
+    assert "encoder tensors loaded" in report and encoder.timm.num_classes == 0
+    wanted = load_file(finetuned / "classifier.safetensors")
+    assert torch.equal(encoder.timm.blocks[1].mlp.fc1.weight, wanted["blocks.1.mlp.fc1.weight"])
