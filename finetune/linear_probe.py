@@ -122,8 +122,7 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes)
         print(report, flush=True)
-    size = (encoder.grid[0] * encoder.unit_size, encoder.grid[1] * encoder.unit_size)
-    crop = CenterCrop(size, config.data.crop_pct)
+    crop = CenterCrop(encoder.img_size, config.data.crop_pct)
     tables = []
     for which, per_class in ((opened.train, config.data.samples_per_class), (opened.val, None)):
         order = FileOrder(labelled_subset(which.label, per_class, config.seed))

@@ -61,6 +61,13 @@ def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the files that a process left half written in `folder` when it was killed."""
+    for leftover in folder.glob(".*.partial"):
+        if leftover.is_file():
+            leftover.unlink()
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file. Raises OSError, with the path, where safetensors has an error of its own kind."""
     try:

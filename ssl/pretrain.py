@@ -62,9 +62,8 @@ def pretrain(config: PretrainConfig) -> Figures:
             f"mask.ratio {config.mask.ratio} hides none of the {encoder.num_units} patches, so there is nothing to "
             f"predict: use at least {1 / encoder.num_units:.3f}"
         )
-    size = (encoder.grid[0] * encoder.unit_size, encoder.grid[1] * encoder.unit_size)
     ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
-    order, crop = ShuffledOrder(ids, config.seed), random_crop(config.data, size)
+    order, crop = ShuffledOrder(ids, config.seed), random_crop(config.data, encoder.img_size)
     samples = Samples(opened.train, order, crop, config.seed, config.data.in_chans, masks)
     total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
     schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
@@ -82,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Figures:
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
         print(f"{report}\n{len(ids)} images, {total_steps} steps of {config.batch_size}", flush=True)
-    painter = Painter(config, task, masks, opened.val or opened.train, accelerator, size)
+    painter = Painter(config, task, masks, opened.val or opened.train, accelerator)
     hooks = Hooks(painter.draw, config.picture_every_steps, export)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
@@ -102,12 +101,11 @@ class Painter:
         masks: MaskSampler,
         index: ShardIndex,
         accelerator: Accelerator,
-        size: tuple[int, int],
     ) -> None:
         self.task, self.accelerator = task, accelerator
         self.png = Path(config.run_dir) / "reconstructions.png"
         picked = np.linspace(0, len(index) - 1, min(PICTURE_IMAGES, len(index))).astype(np.int64)  # from all shards
-        crop = CenterCrop(size, config.data.crop_pct)
+        crop = CenterCrop(task.autoencoder.encoder.img_size, config.data.crop_pct)
         samples = Samples(index, FileOrder(picked), crop, config.seed, config.data.in_chans, masks)
         self.batch = samples.__getitems__((0, len(picked))) if accelerator.is_main_process else None
 

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import json
-import os
 import platform
 import subprocess
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 
 from .config import PretrainConfig, RunConfig, flat
 from .errors import InputError
-from .files import write_json, write_text
+from .files import remove_leftovers, write_json, write_text
 
 # Options that may change between two starts of one run: they do not change what it computes.
 NEUTRAL = {
@@ -35,8 +35,8 @@ def open_run(config: RunConfig) -> Path:
     saved = run_dir / "config.yaml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / f".writable-{os.getpid()}.partial").touch()
-        (run_dir / f".writable-{os.getpid()}.partial").unlink()
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass  # a read-only disk says so here, and not when the first state is due
     except OSError as error:
         raise InputError(f"run_dir {run_dir} cannot be written ({error.strerror}): choose another one") from error
     if not saved.exists():
@@ -58,9 +58,7 @@ def open_run(config: RunConfig) -> Path:
 
 def write_run_files(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     """Writes config.yaml, from which the run can be started again, and environment.json."""
-    for leftover in run_dir.glob(".*.partial"):  # of a process that was killed while it wrote
-        if leftover.is_file():
-            leftover.unlink()
+    remove_leftovers(run_dir)
     write_text(run_dir / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     write_json(run_dir / "environment.json", environment() | facts)
 

@@ -25,7 +25,7 @@ from webdataset.writer import TarWriter
 from .config import ShardsConfig
 from .encode import Encoded, ImageEncoder
 from .errors import InputError
-from .files import replace_file, write_json, write_text
+from .files import remove_leftovers, replace_file, write_json, write_text
 from .index import DATASET_FILE
 from .randoms import hashes
 from .sources import Source, SourceImage, read_source
@@ -83,7 +83,7 @@ def _finished(out: Path, plan: str) -> dict[str, Any] | None:
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
             raise InputError(f"{path} is missing or not as it was written: delete it all and run this again")
-    _remove_leftovers(out)
+    remove_leftovers(out)
     (out / JOURNAL_FILE).unlink(missing_ok=True)
     return dataset
 
@@ -101,7 +101,7 @@ def _open_journal(out: Path, plan: str) -> dict[str, Any]:
     else:
         journal = {"plan": plan, "shards": []}
         write_json(out / JOURNAL_FILE, journal)
-    _remove_leftovers(out)
+    remove_leftovers(out)
     return journal
 
 
@@ -112,11 +112,6 @@ def _same_plan(path: Path, plan: str) -> dict[str, Any]:
             f"{path.parent} holds shards of other images or options: choose another folder, or delete this one"
         )
     return found
-
-
-def _remove_leftovers(out: Path) -> None:
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink()
 
 
 def _write_split(

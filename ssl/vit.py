@@ -53,6 +53,11 @@ class ViTEncoder(nn.Module):
         """Number of patches N."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.grid[0] * self.unit_size, self.grid[1] * self.unit_size
+
     def forward(self, images: Float[Tensor, "B C H W"], masking: Masking | None = None) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         vit = self.timm

@@ -16,6 +16,28 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(2)
 
+KILLED_BEFORE = """
+import os, signal, sys
+
+
+def killed_before(event_number, events, root, action):
+    count = 0
+
+    def hook(event, args):
+        nonlocal count
+        if event in events and str(args[0]).startswith(str(root)):
+            count += 1
+            if count == event_number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(hook)
+        action()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+"""  # for scripts run by tests: does a SIGKILL before this change on disk below `root` hit `action`?
+
 
 def write_tars(folder: Path, name: str, count: int, *, per_shard: int = 20, classes: int = 4, size: int = 20) -> str:
     """Writes labelled PNGs whose color tells the class, with webdataset's own writer. Returns a glob."""

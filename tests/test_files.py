@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import KILLED_BEFORE
 
 from quarterlight.ssl.files import replace_file, replace_folder, write_json, write_text
 
@@ -138,31 +139,13 @@ def state():
     return path.read_text() if path.exists() else None
 
 
-def killed_before(event_number):
-    count = 0
-
-    def hook(event, args):
-        nonlocal count
-        if event in EVENTS and str(args[0]).startswith(str(root)):
-            count += 1
-            if count == event_number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        sys.addaudithook(hook)
-        replace("new")
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 after_kill, after_retry, number, killed = [], [], 0, True
 while killed:
     number += 1
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     replace("old")
-    killed = killed_before(number)
+    killed = killed_before(number, EVENTS, root, lambda: replace("new"))
     after_kill.append(state())
     replace("newer")
     after_retry.append([state(), sorted(os.listdir(root))])
@@ -172,7 +155,7 @@ print(json.dumps([after_kill, after_retry]))
 
 def kill_everywhere(kind: str, root: Path) -> tuple[list, list]:
     """What is there after a SIGKILL before each change on disk, and after another try; the last one is not killed."""
-    command = [sys.executable, "-c", KILLED_EVERYWHERE, kind, str(root)]
+    command = [sys.executable, "-c", KILLED_BEFORE + KILLED_EVERYWHERE, kind, str(root)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "error"}
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from conftest import KILLED_BEFORE
 from PIL import Image
 
 from quarterlight.ssl.config import ShardsConfig
@@ -420,31 +421,13 @@ def content(out):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def killed_before(event_number, out):
-    count = 0
-
-    def hook(event, args):
-        nonlocal count
-        if event in EVENTS and str(args[0]).startswith(str(out)):
-            count += 1
-            if count == event_number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        sys.addaudithook(hook)
-        write(out)
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 write(root / "undisturbed")
 expected = content(root / "undisturbed")
 outcomes, killed = [], True
 while killed:
     out = root / "out"
     shutil.rmtree(out, ignore_errors=True)
-    killed = killed_before(len(outcomes) + 1, out)
+    killed = killed_before(len(outcomes) + 1, EVENTS, out, lambda: write(out))
     present = sorted(content(out)) if out.exists() else []
     try:
         write(out)
@@ -463,7 +446,7 @@ def killed_everywhere(tmp_path_factory) -> tuple[list[str], list[tuple[list[str]
     root = tmp_path_factory.mktemp("killed")
     source = animals(root / "in", 8)
     fill(source, {"cat/bad.jpg": encoded(5)[:500]})
-    command = [sys.executable, "-c", KILLED_EVERYWHERE, str(source), str(root)]
+    command = [sys.executable, "-c", KILLED_BEFORE + KILLED_EVERYWHERE, str(source), str(root)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
