@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
@@ -38,14 +37,14 @@ BEST_FILE = "classifier_best.safetensors"
 class ClassifierTask(Task):
     """What the engine trains: normalization, mixing, the classifier and its loss."""
 
-    def __init__(self, classifier: VisionTransformer, normalize: Normalize, mixed_loss: MixedLoss) -> None:
+    def __init__(self, classifier: Any, normalize: Normalize, mixed_loss: MixedLoss) -> None:
         super().__init__()
         self.classifier = classifier
         self.normalize = normalize
         self.mixed_loss = mixed_loss
 
     @property
-    def network(self) -> VisionTransformer:
+    def network(self) -> nn.Module:
         """The classifier."""
         return self.classifier
 

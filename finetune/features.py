@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quarterlight.ssl.encoders import Encoder
+from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import replace_file, write_tensors
 from quarterlight.ssl.loader import BadSample, EvalSpans, Samples, build_loader, refuse_bad

@@ -2,11 +2,11 @@
 
 from typing import Any, Literal
 
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from quarterlight.ssl.encoders import create_timm_model
+from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.released import Weights, load_encoder, load_weights
 
@@ -15,35 +15,49 @@ from .config import FinetuneOptimConfig
 
 def build_classifier(
     spec: ModelSpec, weights: Weights | None, *, num_classes: int, pool: Literal["avg", "token"], drop_path: float
-) -> tuple[VisionTransformer, ModelSpec, str]:
+) -> tuple[Any, ModelSpec, str]:
     """Returns the timm classifier, the spec that builds it again, and a sentence on the weights loaded.
 
-    With `pool` "avg" the final norm moves behind the pooling and starts afresh (`fc_norm`); with "token" it stays. The
-    head starts at 2e-5 times a normal, as MAE's, so that the first steps do not disturb the encoder. All parameters are
-    trained, positions included. `weights` None starts from the encoder's initial weights.
+    With `pool` "avg" a ViT's final norm moves behind the pooling and starts afresh (`fc_norm`); with "token", and in a
+    Swin, it stays. The head starts at 2e-5 times a normal, as MAE's, so that first steps do not disturb the encoder.
+    All parameters are trained, positions included. `weights` None starts from the encoder's initial weights.
 
     Raises InputError when the weights do not fit or timm cannot pool the model this way.
     """
     encoder, report = load_encoder(spec, weights)
+    if pool == "token" and getattr(encoder.timm, "cls_token", None) is None:
+        raise InputError(f"pool token: {spec.name} has no class token; use pool avg")
     args = spec.args | {"num_classes": num_classes, "global_pool": pool}
     built = ModelSpec(spec.name, args, spec.mean, spec.std)
     classifier = create_timm_model(spec.name, **built.timm_args(), drop_path_rate=drop_path)
-    assert isinstance(classifier, VisionTransformer) and isinstance(classifier.head, nn.Linear)
     load_weights(classifier, Weights("encoder", dict(encoder.timm.state_dict()), spec))
-    nn.init.trunc_normal_(classifier.head.weight, std=2e-5)
-    nn.init.zeros_(classifier.head.bias)
+    head: Any = classifier.get_classifier()  # type: ignore[operator]
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
     return classifier, built, report
 
 
-def layer_decay_groups(classifier: VisionTransformer, config: FinetuneOptimConfig) -> list[dict[str, Any]]:
-    """Returns parameter groups with `lr_scale` = layer_decay ** (layers above), and weight decay as MAE fine-tunes.
+def layer_decay_groups(classifier: nn.Module, config: FinetuneOptimConfig) -> list[dict[str, Any]]:
+    """Returns parameter groups with `lr_scale` = layer_decay ** (layers above), and weight decay as in fine-tuning.
 
-    Positions, class token, biases and norms are not decayed. Differs from MAE: with `pool` "token" the final norm
-    learns at the rate of the last block, since timm counts it there; in MAE at the head's. "avg" is MAE's.
+    Layers are timm's, a block each (a Swin-B's 24 count through all stages); positions, class token, biases, norms and
+    tables of relative positions are not decayed. Two corrections make the scales those of MAE (`lr_decay.py`) and
+    SimMIM (`optimizer.py`): the final norm learns at the rate of the head, and the merging of patches at that of the
+    last block before it; timm counts them to the last block, and to the block that follows.
     """
-    return param_groups_layer_decay(
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in param_groups_layer_decay(
         classifier,
         config.weight_decay,
-        no_weight_decay_list=classifier.no_weight_decay(),
+        no_weight_decay_list=classifier.no_weight_decay(),  # type: ignore[operator]
         layer_decay=config.layer_decay,
-    )
+    ):
+        for parameter in group["params"]:
+            scale = float(group["lr_scale"])
+            if names[parameter].startswith("norm."):
+                scale = 1.0
+            elif ".downsample." in names[parameter]:
+                scale *= config.layer_decay
+            groups.setdefault((scale, float(group["weight_decay"])), []).append(parameter)
+    return [{"params": params, "lr_scale": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]

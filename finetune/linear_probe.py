@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.augment import CenterCrop, Normalize
-from quarterlight.ssl.encoders import choose_attention
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import write_json
 from quarterlight.ssl.loader import Samples

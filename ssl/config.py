@@ -61,18 +61,22 @@ class EncoderConfig:
 class MaskConfig:
     """Which units of an image are hidden from the encoder."""
 
-    strategy: Literal["random"] = "random"
-    """random: uniformly, without replacement, another draw for every image and epoch."""
+    strategy: Literal["random", "block", "grid"] = "random"
+    """random: uniformly, without replacement. block: in rectangles (BEiT's). grid: a regular pattern, shifted."""
     ratio: float = 0.75
     """Share of the units that is hidden, 0 <= ratio < 1."""
+    unit: int | None = None
+    """Side in pixels of what is hidden as a whole. null: a ViT's patch, or what ends as one token of a Swin (32)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The light network that predicts the hidden patches; thrown away after pretraining."""
 
-    name: Literal["transformer"] = "transformer"
-    """transformer: MAE's, over visible tokens and mask tokens."""
+    name: Literal["transformer", "cross", "linear"] = "transformer"
+    """transformer: MAE's, over visible and mask tokens. cross: mask tokens look at visible ones. linear: SimMIM's."""
+    multi_scale: bool = False
+    """Feed it the tokens of all stages of a Swin, not of the last only."""
     embed_dim: int = 512
     """Width of the decoder's tokens, a multiple of 4."""
     depth: int = 8
@@ -159,8 +163,20 @@ class PretrainConfig(StageConfig):
     """Which units of an image are hidden from the encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The light network that predicts the hidden patches."""
-    target: Literal["norm_pix", "pixels"] = "norm_pix"
-    """What is predicted: pixels normalized within each patch, or pixels."""
+    target: Literal["norm_pix", "pixels", "pca", "hog"] = "norm_pix"
+    """Predict pixels normalized within a patch, pixels, their principal components, or histograms of gradients."""
+    pca_components: int = 96
+    """Number of principal components with target pca."""
+    loss: Literal["mse", "l1"] = "mse"
+    """Squared or absolute error."""
+    pred_share: float = 1.0
+    """Share of the hidden patches that a step predicts; below 1 steps are faster, most with decoder.name cross."""
+    encode_masked: bool = False
+    """Let the encoder see mask tokens instead of leaving hidden patches out: SimMIM's way, and several times slower."""
+    positions: Literal["sincos", "learned", "none"] | None = None
+    """A ViT's absolute positions. null: those in --init, else sincos."""
+    train_positions: bool | None = None
+    """Whether pretraining changes them. null: learned ones yes, others no."""
     picture_every_steps: int = 1000
     """Steps between two pictures of reconstructions; 0: only at the end."""
 
@@ -220,7 +236,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "img_size": (1, None), "crop_scale": (1e-9, 1), "crop_ratio": (1e-9, None), "crop_pct": (1e-9, 1), "hflip": (0, 1),
     "std": (1e-9, None), "max_bad_share": (0, 1), "base_lr": (0, None), "min_lr": (0, None), "base_lrs": (0, None),
     "weight_decay": (0, None), "betas": (0, 0.9999999), "clip_grad": (1e-9, None), "layer_decay": (1e-9, 1),
-    "depth": (1, None), "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None),
+    "unit": (1, None), "pca_components": (1, None), "pred_share": (1e-9, 1), "depth": (1, None),
+    "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None),
     "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None),

@@ -1,16 +1,22 @@
-"""timm models by name, wrapped as encoders, and the choice of attention kernel."""
+"""timm models by name, wrapped as encoders."""
 
 from typing import Any
 
 import timm
-import torch
+from timm.layers import HybridEmbed
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .encoder import Encoder
 from .errors import InputError, did_you_mean
+from .hybrid import HybridEncoder
+from .swin import SwinEncoder
 from .vit import ViTEncoder
 
-Encoder = ViTEncoder  # what pretraining and fine-tuning ask of an encoder is what this class documents
+SUPPORTED = "use one of timm's plain vit_*, its hybrids (vit_*_r50_*, ...), swin_* or swinv2_*"
+FAMILIES = ("vision_transformer", "deit", "swin_transformer")  # beginnings of timm's modules
 
 
 def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> nn.Module:
@@ -30,38 +36,29 @@ def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = Non
 
 
 def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> Encoder:
-    """Returns the headless timm model `name` as an encoder, with timm's initial weights.
+    """Returns the headless timm model `name` as an encoder, with timm's initial weights and no drop path.
 
     `img_size` is a side or (height, width) in pixels; `timm_args` go to `timm.create_model` as they are.
     Raises InputError when the model does not exist or cannot encode visible patches only.
     """
     try:
-        model = create_timm_model(name, img_size=img_size, **{"num_classes": 0, **timm_args})
+        args = {"num_classes": 0, "drop_path_rate": 0.0, **timm_args}  # timm's Swins would come with 0.1
+        model = create_timm_model(name, img_size=img_size, **args)
     except InputError as error:  # arguments of a ViT given to another family: the family is what is wrong
-        family = (
-            timm.model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else "vision_transformer"
-        )
-        if not family.startswith(("vision_transformer", "deit")):
-            raise InputError(
-                f"encoder {name}: a {family} is not supported; use one of timm's plain vit_* models"
-            ) from error
+        family = timm.model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else FAMILIES[0]
+        if not family.startswith(FAMILIES):
+            raise InputError(f"encoder {name}: a {family} is not supported; {SUPPORTED}") from error
         raise
-    if type(model) is not VisionTransformer:
-        raise InputError(
-            f"encoder {name}: a {type(model).__name__} is not supported; use one of timm's plain vit_* models"
-        )
+    return wrap(model, name)
+
+
+def wrap(model: nn.Module, name: str) -> Encoder:
+    """Returns a timm model as an encoder; `name` is for messages. Raises InputError when it cannot be one."""
     try:
-        return ViTEncoder(model)
+        if type(model) is VisionTransformer:
+            return HybridEncoder(model) if isinstance(model.patch_embed, HybridEmbed) else ViTEncoder(model)
+        if isinstance(model, SwinTransformer | SwinTransformerV2):
+            return SwinEncoder(model)
     except InputError as error:
         raise InputError(f"encoder {name}: {error}") from error
-
-
-def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Picks the attention kernel of every timm block in `model` for where it will run.
-
-    On a CPU in bf16, matmul, softmax, matmul makes a whole step 1.26 times as fast as torch's fused kernel.
-    """
-    fused = not (device.type == "cpu" and precision == "bf16")
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused  # type: ignore[assignment]  # a plain attribute of timm's attention
+    raise InputError(f"encoder {name}: a {type(model).__name__} is not supported; {SUPPORTED}")

@@ -23,9 +23,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
+from .attention import choose_attention
 from .checkpoint import load_state, save_state, state_folders
 from .config import StageConfig
-from .encoders import choose_attention
 from .errors import InputError
 from .loader import Batch, Samples, Spans, build_loader
 from .log import RunLog, append_jsonl, drop_later_records

@@ -2,63 +2,112 @@
 
 from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import DecoderConfig
-from .decoder import TransformerDecoder
-from .encoders import Encoder, build_encoder
-from .masking import Masking
-from .patches import pixel_target
+from .decoder import build_decoder
+from .encoder import Encoder
+from .encoders import build_encoder
+from .masking import Masking, gather_units
+from .targets import PixelTarget, TargetName, build_target
 
 
 class Reconstruction(NamedTuple):
     """What a masked autoencoder makes of a batch."""
 
-    loss: Float[Tensor, ""]  # mean squared error over masked patches only
-    prediction: Float[Tensor, "B N P2C"]  # grid order, each patch as (row, column, channel)
+    loss: Float[Tensor, ""]  # over masked units only
+    prediction: Float[Tensor, "B S V"]  # of all N units in grid order, pixels as (row, column, channel); or of some
     is_masked: Bool[Tensor, "B N"]  # True = hidden, so predicted and scored
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder on visible patches, a decoder, and the loss on masked ones."""
+    """An encoder on visible units, a decoder, and the loss on masked ones.
 
-    def __init__(self, encoder: Encoder, decoder: TransformerDecoder, *, target: Literal["norm_pix", "pixels"]) -> None:
+    With `encode_masked` the encoder sees mask tokens in the hidden places instead (MAE's ablation, SimMIM's way).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: nn.Module,
+        target: PixelTarget,
+        *,
+        loss: Literal["mse", "l1"] = "mse",
+        pred_share: float = 1.0,
+        encode_masked: bool = False,
+        multi_scale: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.target = target
+        self.error = {"mse": F.mse_loss, "l1": F.l1_loss}[loss]
+        self.pred_share = pred_share
+        self.multi_scale = multi_scale
+        self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim)) if encode_masked else None
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images: Float[Tensor, "B C H W"], masking: Masking) -> Reconstruction:
-        """Returns loss and predictions for normalized images (MAE's `forward`, with the masks given)."""
-        tokens = self.encoder(images, masking)
-        prediction = self.decoder(tokens, masking)
-        loss = self.loss(images, prediction, masking)
-        return Reconstruction(loss, prediction, masking.is_masked)
+    def forward(
+        self, images: Float[Tensor, "B C H W"], masking: Masking, *, only_scored: bool = False
+    ) -> Reconstruction:
+        """Returns loss and predictions for normalized images (MAE's `forward`, with the masks given).
+
+        `only_scored` is a training step's way: it predicts nothing but the share `pred_share` of the masked units that
+        the loss is of (the first in shuffle order, so a random part), and returns those predictions.
+        """
+        if self.multi_scale:
+            tokens: Tensor | list[Tensor] = self.encoder.stages(images, masking)
+        elif self.mask_token is not None:
+            tokens = self.encoder(images, masking, self.mask_token)
+        else:
+            tokens = self.encoder(images, masking)
+        ids = masking.ids_masked
+        if only_scored:
+            ids = ids[:, : max(1, round(self.pred_share * ids.shape[1]))]
+            prediction = scored = self.decoder(tokens, masking, ids)
+        else:
+            prediction = self.decoder(tokens, masking)
+            scored = gather_units(prediction, ids)
+        return Reconstruction(self.loss(images, scored, ids), prediction, masking.is_masked)
 
     def loss(
-        self, images: Float[Tensor, "B C H W"], prediction: Float[Tensor, "B N P2C"], masking: Masking
+        self, images: Float[Tensor, "B C H W"], prediction: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]
     ) -> Float[Tensor, ""]:
-        """Returns the mean over masked patches of the mean squared error of their pixels, in the images' precision."""
-        target = pixel_target(images, self.encoder.unit_size, norm_pix=self.target == "norm_pix")
-        errors = (prediction.to(target.dtype) - target).square().mean(dim=-1)  # [B, N]
-        masked = masking.is_masked.to(errors.dtype)
-        return (errors * masked).sum() / masked.sum()
+        """Returns the mean squared (or absolute) error of the predictions for the units `ids`, in images' precision."""
+        target = self.target(images, ids)
+        return self.error(prediction.to(target.dtype), target)
 
 
 def attach_decoder(
-    encoder: Encoder, *, decoder: DecoderConfig, target: Literal["norm_pix", "pixels"], in_chans: int
+    encoder: Encoder,
+    *,
+    in_chans: int,
+    decoder: DecoderConfig,
+    target: TargetName,
+    pca_components: int = 96,
+    loss: Literal["mse", "l1"] = "mse",
+    pred_share: float = 1.0,
+    encode_masked: bool = False,
 ) -> MaskedAutoencoder:
-    """Returns a masked autoencoder around `encoder`, whose weights and positions stay as they are."""
-    head = TransformerDecoder(
-        decoder,
-        encoder_dim=encoder.embed_dim,
-        grid=encoder.grid,
-        num_prefix_tokens=encoder.num_prefix_tokens,
-        out_dim=encoder.unit_size**2 * in_chans,
+    """Returns a masked autoencoder around `encoder`, whose weights stay as they are.
+
+    Raises InputError for combinations of options that make no sense.
+    """
+    what = build_target(target, unit_size=encoder.unit_size, in_chans=in_chans, pca_components=pca_components)
+    head = build_decoder(decoder, encoder, num_values=what.num_values, encode_masked=encode_masked)
+    return MaskedAutoencoder(
+        encoder,
+        head,
+        what,
+        loss=loss,
+        pred_share=pred_share,
+        encode_masked=encode_masked,
+        multi_scale=decoder.multi_scale,
     )
-    encoder.fix_positions()  # as MAE's; fine-tuning trains them
-    return MaskedAutoencoder(encoder, head, target=target)
 
 
 def build_autoencoder(
@@ -66,14 +115,27 @@ def build_autoencoder(
     *,
     img_size: int | tuple[int, int] | None = None,
     decoder: DecoderConfig | None = None,
-    target: Literal["norm_pix", "pixels"] = "norm_pix",
+    target: TargetName = "norm_pix",
+    pca_components: int = 96,
+    loss: Literal["mse", "l1"] = "mse",
+    pred_share: float = 1.0,
+    encode_masked: bool = False,
     **encoder_args: Any,
 ) -> MaskedAutoencoder:
-    """Returns a masked autoencoder with MAE's initial weights around the timm model `encoder_name`.
+    """Returns a masked autoencoder with MAE's initial weights and fixed positions around the timm model `encoder_name`.
 
-    `encoder_args` go to `timm.create_model`. Raises InputError for a model that cannot encode visible patches only.
+    `encoder_args` go to `timm.create_model`. Raises InputError for a model that cannot encode visible units only.
     """
     encoder = build_encoder(encoder_name, img_size=img_size, **encoder_args)
     encoder.init_weights()
-    in_chans = encoder_args.get("in_chans", 3)
-    return attach_decoder(encoder, decoder=decoder or DecoderConfig(), target=target, in_chans=in_chans)
+    encoder.train_positions(False)
+    return attach_decoder(
+        encoder,
+        in_chans=encoder_args.get("in_chans", 3),
+        decoder=decoder or DecoderConfig(),
+        target=target,
+        pca_components=pca_components,
+        loss=loss,
+        pred_share=pred_share,
+        encode_masked=encode_masked,
+    )

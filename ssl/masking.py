@@ -1,7 +1,7 @@
 """Which units of each image the encoder sees: a random quarter, by default."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .errors import InputError
+from .packing import WindowPacker
 from .randoms import uniforms
+from .strategies import Strategy, visible_units
+
+REDRAWS = 100  # of one mask; each redraw fails about as rarely as the first draw, a few in a hundred
+
+
+class Packing(NamedTuple):
+    """Where a hierarchical encoder puts the visible tokens of each window (`packing.WindowPacker`)."""
+
+    starts: Int[Tensor, "B C"]  # slot of the first token of each window, the windows of all layouts one after another
+    shapes: tuple[tuple[int, int] | None, ...]  # groups and group size of each layout; None: one group, in token order
+    redraws: Int[Tensor, " B"]  # how many masks were drawn for this position before, and did not fit
 
 
 class Masking(NamedTuple):
@@ -18,10 +30,23 @@ class Masking(NamedTuple):
     ids_keep: Int[Tensor, "B K"]  # grid indices of the kept units, in shuffle order
     ids_restore: Int[Tensor, "B N"]  # where grid unit n landed in the shuffle; gather with it to undo the shuffle
     is_masked: Bool[Tensor, "B N"]  # grid order; True = hidden from the encoder, scored by the loss
+    packing: Packing | None = None  # for encoders with windows; None: computed by the encoder where it is needed
+
+    @property
+    def ids_masked(self) -> Int[Tensor, "B M"]:
+        """Grid indices of the masked units, in shuffle order."""
+        grid = torch.arange(self.ids_restore.shape[1], device=self.ids_restore.device).expand_as(self.ids_restore)
+        ids_shuffle = torch.empty_like(self.ids_restore).scatter_(1, self.ids_restore, grid)
+        return ids_shuffle[:, self.ids_keep.shape[1] :]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Masking":
         """Returns the same masking on `device`."""
-        return Masking(*(x.to(device, non_blocking=non_blocking) for x in self))
+        ids_keep, ids_restore, is_masked = (x.to(device, non_blocking=non_blocking) for x in self[:3])
+        packing = self.packing
+        if packing is not None:
+            starts, redraws = (x.to(device, non_blocking=non_blocking) for x in (packing.starts, packing.redraws))
+            packing = packing._replace(starts=starts, redraws=redraws)
+        return Masking(ids_keep, ids_restore, is_masked, packing)
 
 
 def num_keep(num_units: int, mask_ratio: float) -> int:
@@ -56,6 +81,10 @@ def random_masking(
         noise = torch.rand(batch, num_units, generator=generator)
     elif noise.shape != (batch, num_units):
         raise InputError(f"noise has shape {tuple(noise.shape)}, not ({batch}, {num_units})")
+    return _masking_by(noise, kept)
+
+
+def _masking_by(noise: Float[Tensor, "B N"], kept: int) -> Masking:
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     return Masking(ids_shuffle[:, :kept].contiguous(), ids_restore, ids_restore >= kept)
@@ -72,19 +101,58 @@ def gather_units(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Flo
 class MaskSampler:
     """Draws the mask of the sample at each position: a pure function of (seed, position)."""
 
-    num_units: int
+    grid: tuple[int, int]  # units high, wide
     mask_ratio: float
-    strategy: Literal["random"] = "random"
+    strategy: Strategy = "random"
+    block: int = 1  # masks are drawn for squares of this many units a side
+    packer: WindowPacker | None = None  # masks that it cannot lay out are drawn again
 
     def __post_init__(self) -> None:
+        for side, name in zip(self.grid, ("high", "wide"), strict=True):
+            if side % self.block:
+                raise InputError(f"the grid is {side} units {name}, no multiple of the {self.block} of a mask's unit")
         _ = self.num_keep  # refuse a bad ratio here, not in a worker
+
+    @property
+    def num_units(self) -> int:
+        """Number of units N."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def num_keep(self) -> int:
         """Number of units kept, K."""
-        return num_keep(self.num_units, self.mask_ratio)
+        return num_keep(self.num_units // self.block**2, self.mask_ratio) * self.block**2
 
     def sample(self, seed: int, positions: Int[np.ndarray, " B"]) -> Masking:
-        """Returns one mask for each position."""
-        noise = torch.from_numpy(uniforms(seed, "mask", positions, self.num_units))
-        return random_masking(len(positions), self.num_units, self.mask_ratio, noise=noise)
+        """Returns one mask for each position.
+
+        Raises InputError when masks keep on not fitting the packer's shapes, which were chosen for other masks.
+        """
+        noise = self._noise(seed, positions, "mask")
+        masking = _masking_by(torch.from_numpy(noise), self.num_keep)
+        if self.packer is None:
+            return masking
+        starts, fits = self.packer.pack(~masking.is_masked.numpy())
+        redraws = np.zeros(len(positions), np.int64)
+        for attempt in range(1, REDRAWS):
+            if fits.all():
+                shapes = self.packer.shapes
+                return masking._replace(packing=Packing(torch.from_numpy(starts), shapes, torch.from_numpy(redraws)))
+            again = np.flatnonzero(~fits)
+            redraws[again] += 1
+            noise[again] = self._noise(seed, positions[again], f"mask, redraw {attempt}")
+            masking = _masking_by(torch.from_numpy(noise), self.num_keep)
+            starts[again], fits[again] = self.packer.pack(~masking.is_masked.numpy()[again])
+        raise InputError(f"{REDRAWS} masks of strategy {self.strategy} did not fit the encoder's windows: take random")
+
+    def _noise(self, seed: int, positions: Int[np.ndarray, " B"], purpose: str) -> Float[np.ndarray, "B N"]:
+        """Returns what to sort: visible units below 1, masked ones above, each part in random order."""
+        height, width = (side // self.block for side in self.grid)
+        kept = self.num_keep // self.block**2
+        visible = visible_units(
+            self.strategy, (height, width), kept, seed=seed, purpose=purpose, positions=positions
+        ).reshape(-1, height, width)
+        visible = visible.repeat(self.block, axis=1).repeat(self.block, axis=2).reshape(len(positions), -1)
+        plain = self.strategy == "random" and self.block == 1  # the order by which they were chosen is random enough
+        order = uniforms(seed, purpose if plain else f"{purpose} order", positions, self.num_units)
+        return order + ~visible

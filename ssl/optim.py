@@ -47,12 +47,13 @@ def build_schedule(config: OptimConfig, *, total_steps: int, samples: int, batch
     return Schedule(config.base_lr * batch_size / 256, config.min_lr, warmup, total_steps)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, weight_decay: float, no_weight_decay: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Returns the trainable parameters in two groups: two or more dimensions with weight decay, the rest without.
 
-    As in MAE, class token and mask token are decayed (they have three dimensions); biases and norms are not.
+    As in MAE, class token and mask token are decayed (they have three dimensions); biases, norms and the parameters
+    named in `no_weight_decay` are not.
     """
-    return param_groups_weight_decay(model, weight_decay)
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=tuple(no_weight_decay))
 
 
 def build_adamw(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

@@ -10,24 +10,9 @@ from torch import Tensor
 
 from .files import replace_file
 from .mae import MaskedAutoencoder, Reconstruction
-from .patches import patch_statistics, patchify, unpatchify
+from .patches import patchify, unpatchify
 
 GREY = 0.5  # of [0, 1], where a patch is hidden
-
-
-def predicted_pixels(
-    autoencoder: MaskedAutoencoder, images: Float[Tensor, "B C H W"], result: Reconstruction
-) -> Float[Tensor, "B N P2C"]:
-    """Returns the predictions as normalized pixels.
-
-    With the norm_pix target a patch is predicted up to its mean and contrast; here both come from the original, so such
-    a picture looks better than the network alone could make it.
-    """
-    prediction = result.prediction.to(images.dtype)
-    if autoencoder.target != "norm_pix":
-        return prediction
-    mean, std = patch_statistics(patchify(images, autoencoder.encoder.unit_size))
-    return prediction * std + mean
 
 
 def reconstruction_picture(
@@ -40,11 +25,14 @@ def reconstruction_picture(
     per_row: int = 4,
     gap: int = 2,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns one picture with, for each image, masked | reconstructed (visible patches kept) | original."""
+    """Returns one picture with, for each image, masked | reconstructed (visible patches kept) | original.
+
+    With the norm_pix target mean and contrast of a patch come from the original: see `NormPixTarget.to_pixels`.
+    """
     encoder = autoencoder.encoder
     patches = patchify(images, encoder.unit_size)
     hidden = result.is_masked[:, :, None]
-    filled = torch.where(hidden, predicted_pixels(autoencoder, images, result), patches)
+    filled = torch.where(hidden, autoencoder.target.to_pixels(result.prediction, images), patches)
     grey = ((GREY - mean) / std).to(images).repeat(encoder.unit_size**2)  # [P*P*C], channel fastest
     shown = [torch.where(hidden, grey, patches), filled, patches]
     in_chans = images.shape[1]

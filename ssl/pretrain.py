@@ -1,5 +1,7 @@
 """The pretraining stage: its task, its hooks, and the order in which they are put together."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from .augment import CenterCrop, Normalize, random_crop
 from .config import PretrainConfig, steps_in
 from .engine import Figures, Hooks, Task, train
 from .errors import InputError
-from .export import ENCODER_FILE, export_hub, export_weights, run_facts
+from .export import ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .files import write_json
+from .hybrid import has_batch_norm, with_statistics_of
 from .index import ShardIndex
 from .loader import Batch, Samples
 from .log import RunLog
@@ -25,9 +28,12 @@ from .order import FileOrder, ShuffledOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
 from .released import load_encoder
 from .runs import write_run_files
-from .stage import open_stage
+from .stage import Opened, open_stage
+from .targets import PCATarget
 
 PICTURE_IMAGES = 16
+COMPONENT_IMAGES = 2048  # principal components are fitted to
+STATISTICS_IMAGES = 512  # batch norms are measured on
 
 
 class PretrainTask(Task):
@@ -44,23 +50,24 @@ class PretrainTask(Task):
         return self.autoencoder
 
     def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Returns the training loss of a batch."""
+        """Returns the training loss of a batch, and how often its masks were drawn again for the encoder's windows."""
         assert batch.masking is not None
-        return self.autoencoder(self.normalize(batch.images), batch.masking).loss, {}
+        loss = self.autoencoder(self.normalize(batch.images), batch.masking, only_scored=True).loss
+        packing = batch.masking.packing
+        return loss, {} if packing is None else {"mask_redraws": packing.redraws.float().mean()}
 
 
 def pretrain(config: PretrainConfig) -> Figures:
     """Runs pretraining to its end and leaves weights, hub folder, picture and figures in the run folder."""
     opened = open_stage(config, config.init)
-    accelerator, run_dir, spec = opened.accelerator, opened.run_dir, opened.spec
-    torch.manual_seed(config.seed)
-    encoder, report = load_encoder(spec, opened.weights)
-    autoencoder = attach_decoder(encoder, decoder=config.decoder, target=config.target, in_chans=config.data.in_chans)
-    masks = MaskSampler(encoder.num_units, config.mask.ratio, config.mask.strategy)
+    accelerator, run_dir = opened.accelerator, opened.run_dir
+    autoencoder, spec, report = _build(config, opened)
+    encoder = autoencoder.encoder
+    masks = encoder.mask_sampler(config.mask.ratio, strategy=config.mask.strategy, mask_unit=config.mask.unit)
     if masks.num_keep == encoder.num_units:
         raise InputError(
             f"mask.ratio {config.mask.ratio} hides none of the {encoder.num_units} patches, so there is nothing to "
-            f"predict: use at least {1 / encoder.num_units:.3f}"
+            f"predict: use at least {masks.block**2 / encoder.num_units:.3f}"
         )
     ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
     order, crop = ShuffledOrder(ids, config.seed), random_crop(config.data, encoder.img_size)
@@ -68,19 +75,25 @@ def pretrain(config: PretrainConfig) -> Figures:
     total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
     schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
     task = PretrainTask(autoencoder, Normalize(spec.mean, spec.std))
-    optimizer = build_adamw(decay_groups(task, config.optim.weight_decay), config.optim)
+    plain = {f"autoencoder.encoder.timm.{name}" for name in encoder.no_weight_decay}
+    optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
 
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)
         facts |= {"mask_ratio": config.mask.ratio, "target": config.target}
-        export_weights(run_dir / ENCODER_FILE, encoder.timm, spec, facts)
+        model = encoder.timm
+        if has_batch_norm(model):
+            model = with_statistics_of(model, _whole_images(samples, task.normalize, STATISTICS_IMAGES))
+        export_weights(run_dir / ENCODER_FILE, model, spec, facts)
         if progress["step"] == total_steps:
             title = f"{spec.name}, pretrained as a masked autoencoder"
-            export_hub(run_dir / "hub", encoder.timm, spec, title=title, facts=facts | progress["figures"])
+            export_hub(run_dir / "hub", model, spec, title=title, facts=facts | progress["figures"])
 
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
         print(f"{report}\n{len(ids)} images, {total_steps} steps of {config.batch_size}", flush=True)
+    if isinstance(autoencoder.target, PCATarget):
+        _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
     painter = Painter(config, task, masks, opened.val or opened.train, accelerator)
     hooks = Hooks(painter.draw, config.picture_every_steps, export)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
@@ -89,6 +102,49 @@ def pretrain(config: PretrainConfig) -> Figures:
         print(f"done: {run_dir / ENCODER_FILE}", flush=True)
     accelerator.end_training()
     return figures
+
+
+def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, ModelSpec, str]:
+    """Returns the autoencoder, the spec that builds its encoder again, and a sentence on the weights loaded."""
+    torch.manual_seed(config.seed)
+    spec = opened.spec
+    if config.positions == "none":
+        spec = replace(spec, args=spec.args | {"pos_embed": "none"})
+    encoder, report = load_encoder(spec, opened.weights)
+    if config.positions in ("sincos", "learned"):
+        encoder.set_positions(config.positions)
+    trained = config.positions == "learned" if config.train_positions is None else config.train_positions
+    encoder.train_positions(trained)
+    autoencoder = attach_decoder(
+        encoder,
+        in_chans=config.data.in_chans,
+        decoder=config.decoder,
+        target=config.target,
+        pca_components=config.pca_components,
+        loss=config.loss,
+        pred_share=config.pred_share,
+        encode_masked=config.encode_masked,
+    )
+    return autoencoder, spec, report
+
+
+def _whole_images(samples: Samples, normalize: Normalize, count: int) -> Iterator[Float[Tensor, "B C H W"]]:
+    """Yields the crops of the run's first `count` positions in batches, normalized, on the device of `normalize`."""
+    plain = replace(samples, masks=None)
+    count = min(count, len(samples.order))
+    for first in range(0, count, 64):
+        yield normalize(plain.__getitems__((first, min(count, first + 64))).images.to(normalize.mean.device))
+
+
+def _fit_components(
+    target: PCATarget, path: Path, samples: Samples, normalize: Normalize, accelerator: Accelerator
+) -> None:
+    """Fits principal components once a run; every process, and the run when it is continued, reads the same."""
+    with accelerator.main_process_first():
+        if accelerator.is_main_process and not path.exists():
+            target.fit(_whole_images(samples, normalize, COMPONENT_IMAGES))
+            target.save(path)
+        target.load(path)
 
 
 class Painter:

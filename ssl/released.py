@@ -11,12 +11,12 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from .config import DataConfig, EncoderConfig
-from .encoders import Encoder, build_encoder
+from .encoder import Encoder
+from .encoders import build_encoder, wrap
 from .errors import InputError
 from .export import CLASSIFIER_FILE, ENCODER_FILE, ModelSpec
 from .patches import pair
@@ -99,10 +99,7 @@ def _read_timm(name: str) -> Weights:
         raise InputError(
             f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
         ) from error
-    if not isinstance(model, VisionTransformer):
-        raise InputError(
-            f"init {name}: a {type(model).__name__} is not supported; use one of timm's plain vit_* models"
-        )
+    wrap(model, name)  # refuses what cannot be pretrained
     cfg: Any = model.pretrained_cfg
     args = _headless(getattr(model, "_model_args", None) or {})  # what a hub folder's config.json adds to the name
     args |= {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
@@ -158,8 +155,10 @@ def load_encoder(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str
     return encoder, load_weights(encoder.timm, weights)
 
 
-def load_weights(model: VisionTransformer, weights: Weights) -> str:
-    """Loads an encoder's weights into a timm model, resizing positions to its grid. Returns a sentence on what matched.
+def load_weights(model: Any, weights: Weights) -> str:
+    """Loads an encoder's weights into a timm model, resizing positions to it. Returns a sentence on what matched.
+
+    Absolute positions follow the grid of patches, tables of relative ones the windows, both by timm's interpolation.
 
     A classifier's own layers (`head`, `fc_norm`) keep their values; a final norm that moved behind the pooling (`norm`)
     is left out, as MAE does. Raises InputError when anything else is missing or has another shape.
@@ -175,6 +174,9 @@ def load_weights(model: VisionTransformer, weights: Weights) -> str:
                 given["pos_embed"], list(new), list(old), num_prefix_tokens=prefix
             )
             note = f"; positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
+    tables = _resized_tables(model, given, wanted)
+    given |= tables
+    note += f"; {len(tables)} tables of relative positions resized" if tables else ""
     matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
     unused = sorted(name for name in given.keys() - wanted.keys())
     if len(matched) < len(wanted):
@@ -193,14 +195,25 @@ def load_weights(model: VisionTransformer, weights: Weights) -> str:
     return f"{weights.source}: {len(matched)} of {len(wanted)} encoder tensors loaded{note}"
 
 
-def _old_grid(weights: Weights, model: VisionTransformer) -> tuple[int, int]:
+def _resized_tables(model: Any, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tables of relative positions (Swin) that were made for other windows, fitted to the model's."""
+    found = {}
+    for name in [name for name in given.keys() & wanted.keys() if name.endswith(".relative_position_bias_table")]:
+        if given[name].shape != wanted[name].shape:
+            attn = model.get_submodule(name.rpartition(".")[0])
+            shape = tuple(wanted[name].shape)
+            found[name] = resize_rel_pos_bias_table(given[name], attn.window_size, shape)
+    return found
+
+
+def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:
     """Returns the grid (high, wide) that the weights' positions were made for.
 
     Where they do not say, it is the model's own if the number fits, else a square one. Raises InputError when it is
     neither.
     """
     if weights.spec is not None and weights.spec.args.get("img_size") is not None:
-        patch = weights.tensors["patch_embed.proj.weight"].shape[-2:]
+        patch = model.patch_embed.feat_ratio(as_scalar=False)  # of patches, or of a stem and patches of its map
         height, width = (side // p for side, p in zip(pair(weights.spec.args["img_size"]), patch, strict=True))
         return height, width
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens

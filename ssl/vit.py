@@ -2,97 +2,107 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .encoder import Encoder
 from .errors import InputError
-from .masking import Masking, MaskSampler, gather_units
+from .masking import Masking, gather_units
 from .patches import check_grid, pair
 from .pos_embed import sincos_pos_embed
 
 
-class ViTEncoder(nn.Module):
-    """An unmodified timm VisionTransformer that can run on the kept patches only.
+class ViTEncoder(Encoder):
+    """A timm VisionTransformer that can run on the kept patches only.
 
-    With nothing masked its output is timm's `forward_features`. Attributes: `grid` (patches high, wide), `unit_size`
-    (patch side in pixels), `embed_dim`, `num_prefix_tokens` (class and register tokens, first in the output), `timm`
-    (the model, whose state dict is what is released).
-
-    Raises InputError for a model that cannot drop patches after adding positions.
+    A unit is a patch. Raises InputError for a model that cannot drop patches after adding positions.
     """
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
-        patch_embed = vit.patch_embed
-        if not isinstance(patch_embed, PatchEmbed):
-            stem = type(patch_embed).__name__
-            raise InputError(
-                f"its stem ({stem}) mixes neighboring patches, so hidden pixels would leak: use a plain vit_*"
-            )
-        if vit.pos_embed is None:
-            raise InputError("it has no absolute positions, without which dropped patches lose their places")
-        height, width = (int(side) for side in patch_embed.patch_size)
+        height, width = self._unit_sides(vit)
         if height != width:
             raise InputError(f"its patches are {height} x {width} pixels; only square ones are supported")
-        check_grid(pair(patch_embed.img_size), height)
+        check_grid(pair(vit.patch_embed.img_size), height)
         self.timm = vit
-        self.grid: tuple[int, int] = patch_embed.grid_size
-        self.unit_size: int = height
-        self.embed_dim: int = vit.embed_dim
-        self.num_prefix_tokens: int = vit.num_prefix_tokens
+        self.grid = (int(vit.patch_embed.grid_size[0]), int(vit.patch_embed.grid_size[1]))
+        self.unit_size = height
+        self.embed_dim = self.mask_token_dim = vit.embed_dim
+        self.num_prefix_tokens = vit.num_prefix_tokens
+        self.stage_dims = [(vit.embed_dim, 1)]
         for unused in (vit.fc_norm, vit.attn_pool, vit.head):  # tokens do not pass them; DDP waits for every gradient
             if unused is not None:
                 unused.requires_grad_(False)
 
-    @property
-    def num_units(self) -> int:
-        """Number of patches N."""
-        return self.grid[0] * self.grid[1]
+    def _unit_sides(self, vit: VisionTransformer) -> tuple[int, int]:
+        """Returns height and width of a patch in pixels; raises InputError for a stem that is no patch embedding."""
+        if not isinstance(vit.patch_embed, PatchEmbed):
+            raise InputError(f"its stem ({type(vit.patch_embed).__name__}) is not supported: use a plain vit_*")
+        height, width = vit.patch_embed.patch_size
+        return int(height), int(width)
 
-    @property
-    def img_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.grid[0] * self.unit_size, self.grid[1] * self.unit_size
-
-    def forward(self, images: Float[Tensor, "B C H W"], masking: Masking | None = None) -> Float[Tensor, "B PK D"]:
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        masking: Masking | None = None,
+        mask_token: Float[Tensor, " W"] | None = None,
+    ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         vit = self.timm
-        x = vit._pos_embed(vit.patch_embed(images))  # the one place where timm adds positions and prefix tokens
-        if masking is not None:
+        x = vit.patch_embed(images)  # [B, N, D], or [B, h, w, D] where the image size is dynamic
+        if mask_token is not None:
+            assert masking is not None
+            hidden = masking.is_masked.view(-1, *x.shape[1:-1], 1)
+            x = torch.where(hidden, mask_token.to(x.dtype), x)
+        x = vit._pos_embed(x)  # the one place where timm adds positions and prefix tokens
+        if masking is not None and mask_token is None:
             prefix, patches = x.split([self.num_prefix_tokens, self.num_units], dim=1)
             x = torch.cat([prefix, gather_units(patches, masking.ids_keep)], dim=1)  # [B, prefix + K, D]
         return vit.norm(vit.blocks(vit.norm_pre(x)))
 
-    def sample_masking(
-        self, batch: int, mask_ratio: float = 0.75, *, strategy: Literal["random"] = "random", seed: int = 0
-    ) -> Masking:
-        """Returns the masks of positions 0, ..., batch - 1, as the loader's workers draw them."""
-        return MaskSampler(self.num_units, mask_ratio, strategy).sample(seed, np.arange(batch))
+    @property
+    def no_weight_decay(self) -> set[str]:
+        """The positions, where they are trained. As in MAE the class token is decayed."""
+        return {"pos_embed"}
 
-    def fix_positions(self) -> None:
-        """Excludes the positions from training."""
+    def train_positions(self, trained: bool) -> None:
+        """Includes the positions in training, or not."""
         if self.timm.pos_embed is not None:
-            self.timm.pos_embed.requires_grad_(False)
+            self.timm.pos_embed.requires_grad_(trained)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initializes as MAE does: linear layers Xavier uniform, class token 0.02, fixed sine-cosine positions.
+        """Initializes as MAE does: linear layers Xavier uniform, class token 0.02, sine-cosine positions.
 
         The patch embedding is treated as the linear layer it is; its bias keeps torch's default, as MAE's does.
         """
         vit = self.timm
         init_linear(vit)
-        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
+        if isinstance(vit.patch_embed.proj, nn.Conv2d):
+            nn.init.xavier_uniform_(vit.patch_embed.proj.weight.flatten(1))
         for token in (vit.cls_token, vit.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
-        prefix = 0 if vit.no_embed_class else self.num_prefix_tokens
-        assert vit.pos_embed is not None  # the constructor refuses models without
-        vit.pos_embed.copy_(sincos_pos_embed(self.embed_dim, self.grid, num_prefix_tokens=prefix))
+        if vit.pos_embed is not None:
+            self.set_positions("sincos")
+
+    @torch.no_grad()
+    def set_positions(self, kind: Literal["sincos", "learned"]) -> None:
+        """Starts the positions anew: fixed waves as MAE's, or a normal of 0.02 to learn from (the ViT paper's).
+
+        Raises InputError for a model without positions.
+        """
+        vit = self.timm
+        if vit.pos_embed is None:
+            raise InputError(f"positions {kind}: the encoder was made without (pos_embed: none)")
+        if kind == "learned":
+            nn.init.trunc_normal_(vit.pos_embed, std=0.02)
+        else:
+            prefix = 0 if vit.no_embed_class else self.num_prefix_tokens
+            vit.pos_embed.copy_(sincos_pos_embed(self.embed_dim, self.grid, num_prefix_tokens=prefix))
 
 
 def init_linear(module: nn.Module) -> None:

@@ -30,13 +30,13 @@ def test_the_smallest_noise_is_kept_smallest_first():
 
 
 def test_every_unit_is_hidden_equally_often():
-    masking = MaskSampler(16, 0.75).sample(0, np.arange(20000))
+    masking = MaskSampler((4, 4), 0.75).sample(0, np.arange(20000))
     share = masking.is_masked.double().mean(dim=0)
     assert (share - 0.75).abs().max() < 0.015  # five standard deviations of a share of 20000
 
 
 def test_a_mask_depends_on_seed_and_position_only():
-    sampler = MaskSampler(64, 0.75)
+    sampler = MaskSampler((8, 8), 0.75)
     whole, part = sampler.sample(5, np.arange(100)), sampler.sample(5, np.arange(40, 60))
     assert torch.equal(whole.ids_keep[40:60], part.ids_keep)
     assert not torch.equal(whole.ids_keep, sampler.sample(6, np.arange(100)).ids_keep)

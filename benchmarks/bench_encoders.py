@@ -1,0 +1,256 @@
+"""How long is a pretraining step and how much memory does it take, beside transformers and dense timm models?
+
+python benchmarks/bench_encoders.py --device cpu --threads 2 --out benchmarks/results/encoders_2cpu.md
+
+Every round takes one step of each contestant in turn, so that whatever else the machine does meets all of them; ratios
+are medians over rounds. Prints a markdown table for each comparison and one JSON line.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from bench_image_size import WARMUP, interleaved, measured_on
+from torch import Tensor, nn
+from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
+
+from quarterlight.ssl.config import DecoderConfig
+from quarterlight.ssl.encoders import choose_attention
+from quarterlight.ssl.mae import build_autoencoder
+from quarterlight.ssl.masking import random_masking
+
+# Width, blocks and heads, for transformers' configs.
+VITS = {"vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
+SWINS = {"swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]), "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32])}
+OURS = "ours"
+LEGEND = """\
+`x ours`: its step time over that of `ours` in the same round, median; above 1 it is slower than ours. `peak`: memory of
+forward and backward pass beyond weights, gradients and optimizer state. `each more`: what one more image in the batch
+adds to it, so without what does not grow with the batch, such as weights cast to bf16. `saved`: what autograd keeps for
+the backward pass, likewise for one more image. `timm dense` encodes all patches, and predicts nothing."""
+
+
+class Contestant(NamedTuple):
+    """Masks are drawn outside of what is timed, since in a real run the loader's workers draw them."""
+
+    model: nn.Module
+    draw: Callable[[int, int], Any]  # (batch, seed) to masks
+    loss: Callable[[Tensor, Any], Tensor]  # of (images, masks)
+
+
+def ours(name: str, mask_ratio: float, **args: Any) -> Contestant:
+    model = build_autoencoder(name, **args)
+    return Contestant(
+        model,
+        lambda batch, seed: model.encoder.sample_masking(batch, mask_ratio, seed=seed),
+        lambda images, masking: model(images, masking, only_scored=True).loss,
+    )
+
+
+def hf_vit_mae(comparison: str, attention: str) -> Contestant:
+    width, depth, heads = VITS[comparison]
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
+    config = ViTMAEConfig(**shape, num_attention_heads=heads, norm_pix_loss=True, attn_implementation=attention)
+    model = ViTMAEForPreTraining(config)
+
+    def draw(batch: int, seed: int) -> Tensor:
+        return torch.rand(batch, 196, generator=torch.Generator().manual_seed(seed))
+
+    return Contestant(model, draw, lambda images, noise: model(images, noise=noise).loss)
+
+
+def hf_swin(comparison: str, attention: str) -> Contestant:
+    width, depths, heads = SWINS[comparison]
+    shape = {"embed_dim": width, "depths": depths, "num_heads": heads, "encoder_stride": 32}
+    config = SwinConfig(**shape, drop_path_rate=0.0, attn_implementation=attention)
+    model = SwinForMaskedImageModeling(config)
+
+    def draw(batch: int, seed: int) -> Tensor:
+        units = random_masking(batch, 49, 0.6, generator=torch.Generator().manual_seed(seed)).is_masked.view(-1, 7, 7)
+        return units.repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1)  # 32-pixel units of 8 x 8 patches
+
+    return Contestant(model, draw, lambda images, masked: model(images, bool_masked_pos=masked).loss)
+
+
+def timm_dense(name: str) -> Contestant:
+    model = timm.create_model(name, num_classes=0, drop_path_rate=0.0)
+
+    def loss(images: Tensor, _: Tensor) -> Tensor:
+        return model.forward_features(images).float().abs().mean()
+
+    return Contestant(model, lambda batch, seed: torch.empty(0), loss)
+
+
+def contestants(comparison: str) -> dict[str, Callable[[], Contestant]]:
+    """Returns how to build each contestant: ours, ours in another mode, and the others."""
+    if comparison in VITS:
+        name, hf, build_hf = f"{comparison}_patch16_224", "HF ViTMAE", hf_vit_mae
+        normal, mode, hidden = {}, "cross decoder, 1/3 of the masked", 0.75
+        special = {"decoder": DecoderConfig(name="cross"), "pred_share": 1 / 3}
+    else:
+        name, hf, build_hf = f"{comparison}_patch4_window7_224", "HF SwinForMaskedImageModeling", hf_swin
+        normal, mode, hidden = {"decoder": DecoderConfig(depth=1)}, "SimMIM mode", 0.6
+        special = {"encode_masked": True, "decoder": DecoderConfig(name="linear"), "target": "pixels", "loss": "l1"}
+    return {
+        OURS: partial(ours, name, 0.75, **normal),
+        f"{OURS}, {mode}": partial(ours, name, hidden, **special),
+        f"{hf} sdpa": partial(build_hf, comparison, "sdpa"),
+        f"{hf} eager": partial(build_hf, comparison, "eager"),
+        "timm dense": partial(timm_dense, name),
+    }
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Returns by how much memory rose during `run`."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024  # the kernel says kB
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM, the largest VmRSS so far, anew
+    run()
+    return status("VmHWM") - before
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Returns the bytes that autograd saves for the backward pass in `run`, each storage counted once."""
+    storages: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def prepare(contestant: Contestant, given: argparse.Namespace) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Returns forward and backward pass, and a whole training step, as functions of images and masks."""
+    model = contestant.model.to(given.device).train()
+    if not isinstance(model, PreTrainedModel):  # timm's dense model gets the faster kernel too
+        choose_attention(model, torch.device(given.device), given.precision)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
+
+    def forward_backward(images: Tensor, masks: Any) -> None:
+        with torch.autocast(given.device, torch.bfloat16, enabled=given.precision == "bf16"):
+            loss = contestant.loss(images, masks)
+        loss.backward()
+
+    def step(images: Tensor, masks: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        forward_backward(images, masks)
+        optimizer.step()
+
+    return forward_backward, step
+
+
+def memory(comparison: str, name: str, given: argparse.Namespace) -> dict[str, float]:
+    """Returns MiB an image of one contestant; meant to be the first thing its process does."""
+    torch.set_num_threads(given.threads)
+    contestant = contestants(comparison)[name]()
+    forward_backward, step = prepare(contestant, given)
+    peak, saved, few, many = {}, {}, given.batch_size // 2, given.batch_size
+    for size in (few, many):
+        images, masks = torch.randn(size, 3, 224, 224).to(given.device), contestant.draw(size, 0).to(given.device)
+        for _ in range(2):  # gradients and optimizer state exist from here on
+            step(images, masks)
+        run = partial(forward_backward, images, masks)
+        peak[size] = median(peak_bytes(run, given.device) for _ in range(3)) / 2**20
+        saved[size] = saved_bytes(run) / 2**20
+    more = {key: (x[many] - x[few]) / (many - few) for key, x in {"peak": peak, "saved": saved}.items()}
+    return {"peak": peak[many] / many, "peak_each_more": more["peak"], "saved_each_more": more["saved"]}
+
+
+def measure(comparison: str, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns memory and step times of each contestant."""
+    figures: dict[str, dict[str, Any]] = {}
+    steps = {}
+    images = torch.randn(given.batch_size, 3, 224, 224).to(given.device)
+    for name, build in contestants(comparison).items():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            figures[name] = pool.submit(memory, comparison, name, given).result()
+        contestant = build()
+        masks = [contestant.draw(given.batch_size, seed).to(given.device) for seed in range(WARMUP + given.rounds)]
+        _, step = prepare(contestant, given)
+        steps[name] = lambda r, step=step, masks=masks: step(images, masks[r])
+    for name, seconds in interleaved(steps, given.rounds, given.device).items():
+        figures[name] |= {"ms": 1000 * median(seconds), "seconds": seconds}
+    return figures
+
+
+def ratio(figures: dict[str, dict[str, Any]], a: str, b: str) -> float:
+    """Returns the median over rounds of the step time of `a` over that of `b`."""
+    return median(x / y for x, y in zip(figures[a]["seconds"], figures[b]["seconds"], strict=True))
+
+
+def headlines(comparison: str, figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Returns the ratios that are quoted, against the better of transformers' attention implementations in each."""
+    theirs = [name for name in figures if name.startswith("HF")]
+    vit = comparison in VITS
+    faster, leaner = ("the faster HF setting", "the leaner HF setting") if vit else ("HF SimMIM", "HF SimMIM")
+    labels = [comparison, f"{comparison} cross third" if vit else f"{comparison} SimMIM mode"]
+    found = {}
+    for label, name in zip(labels, figures, strict=False):
+        found[f"{label}: step rate vs {faster}"] = min(ratio(figures, hf, name) for hf in theirs)
+        found[f"{label}: step rate vs timm dense"] = ratio(figures, "timm dense", name)
+        for key, words in ("peak", "activation memory"), ("peak_each_more", "activation memory of one more image"):
+            found[f"{label}: {words} vs {leaner}"] = figures[name][key] / min(figures[hf][key] for hf in theirs)
+    return {key: round(value, 3) for key, value in found.items()}
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    lines = ["| | ms a step | x ours | peak, MiB an image | each more | saved |", "|---|---|---|---|---|---|"]
+    for name, x in figures.items():
+        sizes = " | ".join(f"{x[key]:.1f}" for key in ("peak", "peak_each_more", "saved_each_more"))
+        lines.append(f"| {name} | {x['ms']:.1f} | {ratio(figures, name, OURS):.2f} | {sizes} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", default="vit_base,swin_base", help=f"from {', '.join([*VITS, *SWINS])}")
+    parser.add_argument("--batch_size", type=int, default=8, help="images a step, at least 2")
+    parser.add_argument("--rounds", type=int, default=8, help=f"after {WARMUP} of warm-up")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
+    parser.add_argument("--out", type=Path, help="a markdown file for the tables")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    # For the processes that measure memory: glibc returns big blocks at once, so that VmRSS is what is in use.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    about = measured_on(given, "torch", "timm", "transformers")
+    text = f"# Step time and memory of pretraining\n\n{about}\n\n{LEGEND}\n"
+    print(text, flush=True)
+    comparisons, found = {}, {}
+    for comparison in given.models.split(","):
+        figures = comparisons[comparison] = measure(comparison, given)
+        found |= headlines(comparison, figures)
+        section = f"## {comparison}, {given.batch_size} images of 224 pixels\n\n{table(figures)}\n"
+        text += f"\n{section}"
+        print(section, flush=True)
+    if given.out:
+        given.out.write_text(text)
+    print(json.dumps(found | {"comparisons": comparisons}))
+
+
+if __name__ == "__main__":
+    main()

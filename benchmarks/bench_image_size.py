@@ -1,0 +1,204 @@
+"""How does the time of an image grow with its size, for full attention (ViT-S) and for windows (Swin-T)?
+
+python benchmarks/bench_image_size.py --device cpu --threads 2 --out benchmarks/results/image_size_2cpu.png
+
+Prints a table of measured times beside the Swin paper's formulas, draws a plot, and prints one JSON line. Every round
+times forward and backward pass of each model at each size in turn; figures are medians over rounds.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib import pyplot
+
+from quarterlight.ssl.config import DecoderConfig
+from quarterlight.ssl.encoders import choose_attention
+from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
+
+WARMUP = 2  # rounds that count for nothing
+MASK_RATIO = 0.75
+MODELS = {"ViT-S/16": "vit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
+# Of each stage: pixels on a token's side, width, blocks.
+STAGES = {"ViT-S/16": [(16, 384, 12)], "Swin-T": [(4, 96, 2), (8, 192, 2), (16, 384, 6), (32, 768, 2)]}
+DECODER = (512, 1)  # width, blocks; on ViT's patches and on Swin's 32-pixel units, with full attention
+WHOLE, QUARTER, AUTOENCODER = "encoder, all tokens", "encoder, a quarter of the tokens", "masked autoencoder"
+LEGEND = """\
+`x`: relative to the smallest size. `blocks`: multiplications of the model's own transformer blocks, attention and MLPs
+(8 hw C^2). The last columns: those of attention alone, if it were over the whole image, 4 hw C^2 + 2 (hw)^2 C, and if
+it were in windows, 4 hw C^2 + 2 M^2 hw C. With hidden tokens, hw and M^2 are what is left of them."""
+STYLES = {"ViT-S/16": ("#D55E00", "o"), "Swin-T": ("#0072B2", "s")}  # two that color-blind readers tell apart
+
+
+def interleaved(steps: dict[Any, Callable[[int], object]], rounds: int, device: str) -> dict[Any, list[float]]:
+    """Returns the seconds that each step, a function of the round, took in every round after the warm-up.
+
+    Each round takes every step once and begins with another, so that noise from outside meets all alike.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[Any, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for r in range(WARMUP + rounds):
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            wait()
+            start = time.perf_counter()
+            steps[name](r)
+            wait()
+            if r >= WARMUP:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measured_on(given: argparse.Namespace, *packages: str) -> str:
+    """Returns date, hardware, versions and command in markdown."""
+    if given.device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        cpu = Path("/proc/cpuinfo").read_text()
+        name = next(line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name"))
+        flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
+        hardware = f"{name} ({', '.join(flags) or 'no bf16 instructions'}), {given.threads} thread(s)"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return f"{date.today()} · {hardware} · {versions} · precision {given.precision}\n\n`{command}`"
+
+
+def attention_cost(tokens: float, keys: float, width: int) -> float:
+    """Returns multiplications: 4 hw C^2 + 2 (hw)^2 C with all tokens as keys, 4 hw C^2 + 2 M^2 hw C with a window's."""
+    return 4 * tokens * width**2 + 2 * tokens * keys * width
+
+
+def formulas(model: str, what: str, size: int) -> dict[str, float]:
+    """Returns multiplications: of attention over the image, over 7 x 7 windows, of MLPs, and of the model's blocks."""
+    share = 1.0 if what == WHOLE else 1 - MASK_RATIO
+    costs = {"full": 0.0, "windows": 0.0, "mlp": 0.0}
+    for side, width, depth in STAGES[model]:
+        tokens = share * (size / side) ** 2
+        costs["full"] += depth * attention_cost(tokens, tokens, width)
+        costs["windows"] += depth * attention_cost(tokens, share * 49, width)
+        costs["mlp"] += depth * 8 * tokens * width**2
+    costs["blocks"] = costs["mlp"] + costs["windows" if model.startswith("Swin") else "full"]
+    if what == AUTOENCODER:
+        width, depth = DECODER
+        tokens = (size / STAGES[model][-1][0]) ** 2
+        costs["blocks"] += depth * (attention_cost(tokens, tokens, width) + 8 * tokens * width**2)
+    return costs
+
+
+def pass_of(
+    model: MaskedAutoencoder, what: str, given: argparse.Namespace, batch: int, size: int
+) -> Callable[[int], None]:
+    """Returns a function of the round that runs forward and backward pass; masks are drawn here, as workers do."""
+    device = torch.device(given.device)
+    images = torch.randn(batch, 3, size, size).to(device)
+    rounds = range(WARMUP + given.rounds)
+    masks = [model.encoder.sample_masking(batch, MASK_RATIO, seed=seed).to(device) for seed in rounds]
+
+    def run(r: int) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
+            if what == AUTOENCODER:
+                loss = model(images, masks[r], only_scored=True).loss
+            else:
+                loss = model.encoder(images, None if what == WHOLE else masks[r]).float().abs().mean()
+        loss.backward()
+
+    return run
+
+
+def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row for each model, part of it and size."""
+    device = torch.device(given.device)
+    steps = {}
+    for label, name in MODELS.items():
+        for size, batch in zip(given.sizes, given.batch_sizes, strict=True):
+            model = build_autoencoder(
+                name, img_size=size, decoder=DecoderConfig(embed_dim=DECODER[0], depth=DECODER[1])
+            )
+            choose_attention(model.to(device).train(), device, given.precision)
+            for what in (WHOLE, QUARTER, AUTOENCODER):
+                steps[label, what, size, batch] = pass_of(model, what, given, batch, size)
+    rows = []
+    for (label, what, size, batch), seconds in interleaved(steps, given.rounds, given.device).items():
+        row = {"model": label, "what": what, "size": size, "batch": batch, "ms": 1000 * median(seconds) / batch}
+        rows.append(row | formulas(label, what, size))
+    return rows
+
+
+def relative(rows: list[dict[str, Any]], row: dict[str, Any], column: str) -> float:
+    """Returns the figure of `row` over that of the same model and part at the smallest size."""
+    same = [other for other in rows if (other["model"], other["what"]) == (row["model"], row["what"])]
+    return row[column] / min(same, key=lambda other: other["size"])[column]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| | | pixels | ms an image | ms, x | blocks, x | attention if full, x | attention if windows, x |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["what"], row["model"], row["size"])):
+        ratios = [f"{relative(rows, row, column):.2f}" for column in ("ms", "blocks", "full", "windows")]
+        cells = [row["what"], row["model"], f"{row['size']}²", f"{row['ms']:.1f}", *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draws a panel for each part: milliseconds an image against pixels, with slopes 1 and 2 to compare."""
+    pyplot.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.8), sharey=True, layout="constrained")
+    sizes = sorted({row["size"] for row in rows})
+    pixels = [size**2 for size in sizes]
+    for axis, what in zip(axes, (WHOLE, QUARTER, AUTOENCODER), strict=True):
+        lines = {
+            label: [
+                next(r["ms"] for r in rows if (r["model"], r["what"], r["size"]) == (label, what, s)) for s in sizes
+            ]
+            for label in MODELS
+        }
+        start = min(times[0] for times in lines.values()) / 1.5  # below the curves, out of their way
+        for power, style, name in ((1, "--", "in proportion to pixels"), (2, ":", "to their square")):
+            axis.plot(pixels, [start * (p / pixels[0]) ** power for p in pixels], style, color="0.55", label=name)
+        for label, times in lines.items():
+            color, marker = STYLES[label]
+            axis.plot(pixels, times, color=color, marker=marker, linewidth=2, label=label)
+        axis.set(xscale="log", yscale="log", title=what, xlabel="pixels of an image")
+        axis.set_xticks(pixels, [f"{size}²" for size in sizes])
+        axis.minorticks_off()
+        axis.grid(axis="y", color="0.9")
+    axes[0].set_ylabel("ms an image, forward and backward")
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", default="224,448,672", help="sides in pixels, multiples of 224")
+    parser.add_argument("--batch_sizes", default="4,2,1", help="images at once, for each of the sizes")
+    parser.add_argument("--rounds", type=int, default=8, help=f"after {WARMUP} of warm-up")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
+    parser.add_argument("--out", type=Path, required=True, help="the plot, a .png")
+    given = parser.parse_args()
+    given.sizes, given.batch_sizes = ([int(x) for x in t.split(",")] for t in (given.sizes, given.batch_sizes))
+    torch.set_num_threads(given.threads)
+    print(f"# Time of an image against its size\n\n{measured_on(given, 'torch', 'timm')}\n", flush=True)
+    rows = measure(given)
+    print(f"{table(rows)}\n\n{LEGEND}")
+    plot(rows, "Time of an image against its size: full attention (ViT-S/16) and windows (Swin-T)", given.out)
+    print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

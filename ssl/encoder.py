@@ -1,0 +1,109 @@
+"""What pretraining and fine-tuning ask of an encoder, whichever timm model it wraps."""
+
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .errors import InputError
+from .masking import Masking, MaskSampler
+from .strategies import Strategy
+
+
+class Encoder(nn.Module):
+    """An unmodified timm model that can run on the visible units of an image only.
+
+    Attributes: `timm` (the model, whose state dict is what is released), `grid` (units high, wide), `unit_size` (side
+    of a unit in pixels: what is hidden or visible as a whole, and predicted as a whole), `embed_dim` (width of the
+    tokens that come out, one for each unit), `num_prefix_tokens` (class and register tokens, first in the output),
+    `mask_token_dim` (width of the tokens that go in), `stage_dims` (width and tokens in a unit of every stage; a single
+    one for a plain transformer).
+    """
+
+    timm: Any  # a timm model; torch types what hangs on a module as Tensor | Module
+    grid: tuple[int, int]
+    unit_size: int
+    embed_dim: int
+    num_prefix_tokens: int
+    mask_token_dim: int
+    stage_dims: list[tuple[int, int]]
+
+    @property
+    def num_units(self) -> int:
+        """Number of units N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.grid[0] * self.unit_size, self.grid[1] * self.unit_size
+
+    @property
+    def no_weight_decay(self) -> set[str]:
+        """Names below `timm` of parameters that are not decayed in pretraining, beside biases and norms."""
+        return set()
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        masking: Masking | None = None,
+        mask_token: Float[Tensor, " W"] | None = None,
+    ) -> Float[Tensor, "B PK D"]:
+        """Returns prefix tokens, then the tokens of the units.
+
+        Without `masking` all units, in grid order: timm's `forward_features`. With it the kept ones in the order of
+        `ids_keep`, computed from visible pixels only. With `mask_token` as well, all units in grid order, hidden
+        patches replaced by that token behind the patch embedding (SimMIM, Xie et al. 2022).
+        """
+        raise TypeError("an encoder wraps a model: use build_encoder")
+
+    def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B KT E"]]:
+        """Returns the tokens of the kept units after every stage, those of a unit together; the last as `forward`."""
+        return [self(images, masking)]
+
+    def mask_sampler(
+        self, mask_ratio: float, *, strategy: Strategy = "random", mask_unit: int | None = None
+    ) -> MaskSampler:
+        """Returns what draws masks for this encoder, in squares of `mask_unit` pixels (None: its own units).
+
+        Raises InputError when the units of the masks do not consist of whole units of the encoder, or do not tile the
+        image.
+        """
+        unit = self.unit_size
+        mask_unit = mask_unit or unit
+        if mask_unit % unit:
+            lower, upper = mask_unit // unit * unit, -(-mask_unit // unit) * unit
+            sizes = f"{lower} or {upper}" if lower else str(upper)
+            raise InputError(f"mask.unit {mask_unit} is not a multiple of the encoder's {unit} pixels: use {sizes}")
+        if any(side % mask_unit for side in self.img_size):
+            height, width = self.img_size
+            sizes = [u for u in range(unit, min(height, width) + 1, unit) if not height % u and not width % u]
+            raise InputError(
+                f"mask.unit {mask_unit} does not divide the image of {height} x {width} pixels: use one of "
+                f"{', '.join(map(str, sizes))}"
+            )
+        return MaskSampler(self.grid, mask_ratio, strategy, mask_unit // unit)
+
+    def sample_masking(
+        self,
+        batch: int,
+        mask_ratio: float = 0.75,
+        *,
+        strategy: Strategy = "random",
+        mask_unit: int | None = None,
+        seed: int = 0,
+    ) -> Masking:
+        """Returns the masks of positions 0, ..., batch - 1, as the loader's workers draw them."""
+        sampler = self.mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
+        return sampler.sample(seed, np.arange(batch))
+
+    def init_weights(self) -> None:
+        """Gives the encoder the initial weights of its pretraining; here timm's own, which it was made with."""
+
+    def set_positions(self, kind: Literal["sincos", "learned"]) -> None:
+        """Starts absolute positions anew. Raises InputError for a model that has none."""
+        raise InputError(f"positions {kind}: a {type(self.timm).__name__} has no absolute positions")
+
+    def train_positions(self, trained: bool) -> None:
+        """Includes absolute positions in training or not; for a model that has none there is nothing to do."""

@@ -1,0 +1,274 @@
+"""timm's Swin transformers as encoders of visible units: linear layers on visible tokens only, attention in windows.
+
+Tokens are kept unit by unit, inside a unit in the order in which patches merge, so merging is a reshape and units keep
+their order through all stages. Only attention needs another arrangement: windows packed into groups (packing.py). A
+query attends to the visible tokens of its own window, with timm's shift and relative-position bias, so this is timm's
+model with masked tokens excluded as keys, and with nothing masked it is timm's model.
+
+Agrees with "group window attention" (Huang et al. 2022, arXiv:2205.13515). Differs from it: every image has a mask of
+its own there one mask serves a whole batch, and plans are made in the loader's workers by first fit.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import attend, relative_bias
+from .encoder import Encoder
+from .masking import Masking, MaskSampler, Packing
+from .packing import WindowLayout, WindowPacker, unit_order
+from .strategies import Strategy
+from .tiling import check_windows
+
+TRIALS = 1000  # masks that choose the shapes of the groups
+MISFITS = 0.02  # share of masks that a stage may fail to lay out; they are drawn again
+
+
+class Groups(NamedTuple):
+    """How the visible tokens of a batch are arranged for one layout, G groups of L slots in all."""
+
+    slots: Int[Tensor, " n"] | None  # slot of every token; None: tokens in their own order are the groups
+    source: Int[Tensor, " rows"] | None  # token in every slot; slots that stay empty repeat token 0
+    places: Int[Tensor, "G L"]  # place in the window
+    pairs: Int[Tensor, "G L L"]  # row of the bias table, or R where two slots are not of one window
+
+
+class SwinEncoder(Encoder):
+    """A timm SwinTransformer or SwinTransformerV2 that can run on the kept units only.
+
+    A unit is what ends as one token: 32 pixels for four stages over patches of 4. Raises InputError, with the sizes
+    that work, when the windows do not tile the grid of every stage: timm then pads with tokens that act as keys.
+    """
+
+    def __init__(self, swin: SwinTransformer | SwinTransformerV2) -> None:
+        super().__init__()
+        check_windows(swin)
+        patch_embed: Any = swin.patch_embed
+        levels = len(swin.layers) - 1
+        self.timm = swin
+        self.unit_size = int(patch_embed.patch_size[0]) * 2**levels
+        self.grid = (patch_embed.grid_size[0] >> levels, patch_embed.grid_size[1] >> levels)
+        self.embed_dim = int(swin.num_features)
+        self.num_prefix_tokens = 0
+        self.mask_token_dim = int(patch_embed.proj.out_channels)
+        self.stage_dims = [
+            (_blocks(swin, s)[0].norm1.normalized_shape[0], 4 ** (levels - s)) for s in range(levels + 1)
+        ]
+        row, column = unit_order(levels)
+        self.register_buffer("unit_order", torch.from_numpy(row * 2**levels + column), persistent=False)
+        self.layouts = tuple(
+            dict.fromkeys(self._layout(stage, block) for stage in range(levels + 1) for block in _blocks(swin, stage))
+        )
+        self.tables = nn.ModuleList(LayoutTables(layout) for layout in self.layouts)
+        self.samplers: dict[tuple, MaskSampler] = {}
+        swin.head.requires_grad_(False)  # tokens do not pass it; DDP waits for every gradient
+
+    @property
+    def no_weight_decay(self) -> set[str]:
+        """timm's: relative-position tables, and for the second version their networks and logit scales."""
+        return set(self.timm.no_weight_decay())
+
+    def _layout(self, stage: int, block: SwinTransformerBlock | SwinTransformerV2Block) -> WindowLayout:
+        levels = len(self.stage_dims) - 1 - stage
+        window, shift = block.window_size, block.shift_size
+        return WindowLayout(self.grid, levels, (int(window[0]), int(window[1])), (int(shift[0]), int(shift[1])))
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        masking: Masking | None = None,
+        mask_token: Float[Tensor, " W"] | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """Returns the tokens of all units in grid order, or of the kept ones in the order of `ids_keep`; normalized."""
+        swin = self.timm
+        if masking is None:
+            return swin.forward_features(images).flatten(1, 2)
+        if mask_token is None:
+            return self.stages(images, masking)[-1]
+        side = 2 ** (len(self.stage_dims) - 1)
+        hidden = masking.is_masked.view(-1, *self.grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
+        x = swin.patch_embed(images)  # [B, h, w, W]
+        x = torch.where(hidden[:, :, :, None], mask_token.to(x.dtype), x)
+        return swin.norm(swin.layers(x)).flatten(1, 2)
+
+    def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B KT E"]]:
+        """Returns the tokens of the kept units after every stage, those of a unit together; the last normalized."""
+        swin = self.timm
+        groups = self._arrange(masking)
+        x, found = self._embed(images, masking.ids_keep), []
+        for number, stage in enumerate(swin.layers):
+            if not isinstance(stage.downsample, nn.Identity):
+                b, _, d = x.shape
+                squares = x.reshape(-1, 2, 2, d).transpose(1, 2)  # columns come first in the order of a unit
+                x = stage.downsample(squares).view(b, -1, 2 * d)
+            # In bf16 autocast norms return bf16 on a CPU; the sum over blocks is kept in the images' precision.
+            x = x.to(torch.promote_types(images.dtype, torch.float32))
+            now: Groups | None = None  # the arrangement that x is in; None: the tokens' own order
+            for block in stage.blocks:
+                wanted = groups[self.layouts.index(self._layout(number, block))]
+                x = _rearranged(x, now, wanted)
+                x, now = _run_block(block, x, wanted), wanted
+            x = _rearranged(x, now, None)
+            found.append(x)
+        return [*found[:-1], swin.norm(found[-1])]
+
+    def _embed(self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"]) -> Float[Tensor, "B KT E"]:
+        """Returns the patch embeddings of the kept units, which are embedded as small images."""
+        patch_embed = self.timm.patch_embed
+        (b, c), u, (h, w) = images.shape[:2], self.unit_size, self.grid
+        units = images.reshape(b, c, h, u, w, u).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, u, u]
+        image = torch.arange(b, device=images.device)[:, None]
+        kept = units[image, ids_keep // w, ids_keep % w].flatten(0, 1)  # [B*K, C, u, u]
+        x = patch_embed.proj(kept).flatten(2).transpose(1, 2)[:, self.unit_order]  # [B*K, T, E]
+        return patch_embed.norm(x).view(b, -1, x.shape[2])
+
+    def _arrange(self, masking: Masking) -> list[Groups]:
+        """Returns the groups of every layout."""
+        packing = masking.packing
+        if packing is None:
+            packing = self._packing_of(masking)
+        found, first = [], 0
+        for tables, shape in zip(self.tables, packing.shapes, strict=True):
+            assert isinstance(tables, LayoutTables)
+            count = 0 if shape is None else tables.counts.shape[1]
+            found.append(tables.arrange(masking.ids_keep, packing.starts[:, first : first + count], shape))
+            first += count
+        return found
+
+    def _packing_of(self, masking: Masking) -> Packing:
+        """Returns a packing for masks drawn elsewhere, in shapes that just hold them: waits for the device."""
+        visible = ~masking.is_masked.cpu().numpy()
+        packer = WindowPacker.for_masks(self.layouts, visible, misfits=0.0)
+        starts = torch.from_numpy(packer.pack(visible)[0]).to(masking.is_masked.device)
+        return Packing(starts, packer.shapes, torch.zeros(len(visible), dtype=torch.long))
+
+    def mask_sampler(
+        self, mask_ratio: float, *, strategy: Strategy = "random", mask_unit: int | None = None
+    ) -> MaskSampler:
+        """Returns what draws masks, and packings in shapes that hold 98 or 99 of 100 masks; the others are redrawn."""
+        key = (mask_ratio, strategy, mask_unit)
+        if key not in self.samplers:
+            plain = super().mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
+            visible = ~plain.sample(0, np.arange(TRIALS)).is_masked.numpy()
+            packer = WindowPacker.for_masks(self.layouts, visible, misfits=MISFITS)
+            self.samplers[key] = MaskSampler(plain.grid, mask_ratio, strategy, plain.block, packer)
+        return self.samplers[key]
+
+
+class LayoutTables(nn.Module):
+    """A `WindowLayout` on the device, and what turns kept units into groups there, without waiting."""
+
+    window_of: Tensor
+    place_of: Tensor
+    counts: Tensor
+    rank_of: Tensor
+
+    def __init__(self, layout: WindowLayout) -> None:
+        super().__init__()
+        self.window = layout.window
+        for name in ("window_of", "place_of", "counts", "rank_of"):
+            self.register_buffer(name, torch.from_numpy(getattr(layout, name)), persistent=False)
+
+    def arrange(
+        self, ids_keep: Int[Tensor, "B K"], starts: Int[Tensor, "B C"], shape: tuple[int, int] | None
+    ) -> Groups:
+        """Returns the groups of a batch, in the given number and size, or one for each image."""
+        (b, k), unit, device = ids_keep.shape, ids_keep.flatten(), ids_keep.device
+        windows = self.window_of.index_select(0, unit).view(b, -1)  # [B, K*T]
+        places = self.place_of.index_select(0, unit).view(b, -1)
+        n = windows.shape[1]
+        slots = source = None
+        if shape is not None:
+            per_image = shape[0] * shape[1]
+            counts = self.counts.index_select(0, unit).view(b, k, -1)
+            earlier = counts.cumsum(dim=1, dtype=torch.int32) - counts  # [B, K, C] tokens of units before, by window
+            rank = earlier.gather(2, windows.view(b, k, -1)) + self.rank_of.index_select(0, unit).view(b, k, -1)
+            image = torch.arange(b, device=device)[:, None]
+            slots = (starts.gather(1, windows) + rank.view(b, n) + image * per_image).flatten()
+            rows = b * per_image
+            source = slots.new_zeros(rows).index_copy_(0, slots, torch.arange(b * n, device=device))
+            windows = windows.new_full((rows,), -1).index_copy_(0, slots, windows.flatten())
+            places = places.new_zeros(rows).index_copy_(0, slots, places.flatten())
+        length = n if shape is None else shape[1]
+        windows, places = windows.view(-1, length), places.view(-1, length)
+        high, wide = self.window
+        code = (places // wide * (2 * wide - 1) + places % wide).int()
+        pairs = code[:, :, None] - code[:, None, :] + (high - 1) * (2 * wide - 1) + wide - 1
+        same = windows[:, :, None] == windows[:, None, :]  # empty slots see each other: a softmax needs some key
+        return Groups(slots, source, places, torch.where(same, pairs, (2 * high - 1) * (2 * wide - 1)))
+
+
+def _blocks(swin: Any, stage: int) -> list[Any]:
+    return list(swin.layers[stage].blocks)
+
+
+def _run_block(block: Any, x: Float[Tensor, "B S E"], groups: Groups) -> Float[Tensor, "B S E"]:
+    """timm's block on arranged tokens."""
+    if isinstance(block, SwinTransformerV2Block):
+        x = x + block.drop_path1(block.norm1(_attention(block.attn, x, groups)))
+        return x + block.drop_path2(block.norm2(block.mlp(x)))
+    x = x + block.drop_path1(_attention(block.attn, block.norm1(x), groups))
+    return x + block.drop_path2(block.mlp(block.norm2(x)))
+
+
+def _attention(attn: Any, x: Float[Tensor, "B S E"], groups: Groups) -> Float[Tensor, "B S E"]:
+    """timm's WindowAttention of either version on arranged tokens."""
+    is_v2, scale = hasattr(attn, "logit_scale"), 1.0
+    if is_v2 and attn.q_bias is not None:
+        qkv = F.linear(x, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
+    else:
+        qkv = attn.qkv(x)
+    length = groups.places.shape[1]
+    q, k, v = qkv.view(-1, length, 3, attn.num_heads, qkv.shape[2] // (3 * attn.num_heads)).permute(2, 0, 3, 1, 4)
+    if is_v2:
+        table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+        q = F.normalize(q, dim=-1) * attn.logit_scale.clamp(max=np.log(100.0)).exp()
+        k = F.normalize(k, dim=-1)
+    else:
+        table, scale = attn.relative_position_bias_table, attn.scale
+    bias = relative_bias(table, groups.pairs, groups.places, attn.relative_position_index)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    x = attend(q, k, v, bias, scale=scale, dropout=dropout).transpose(1, 2).reshape(*x.shape[:2], -1)
+    return attn.proj_drop(attn.proj(x))
+
+
+def _rearranged(x: Float[Tensor, "B S E"], now: Groups | None, wanted: Groups | None) -> Float[Tensor, "B S2 E"]:
+    """Returns the tokens moved from one arrangement to another; None is their own order."""
+    before = now.slots if now is not None else None
+    after = wanted.slots if wanted is not None else None
+    if before is after:
+        return x
+    if wanted is None or wanted.source is None:
+        source = before
+    else:
+        source = wanted.source if before is None else before.index_select(0, wanted.source)
+    moved: Any = _MovedRows.apply(x.flatten(0, 1), source, before, after)
+    return moved.view(len(x), -1, x.shape[2])
+
+
+class _MovedRows(torch.autograd.Function):
+    """y = x[source]. Every token has one row in x (`before`) and in y (`after`), so the gradient is two row copies.
+
+    The gradient of plain indexing would add rows one by one, on a GPU by atomics. Rows of empty slots get none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+        ctx.save_for_backward(before, after)
+        ctx.num_rows = len(x)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (before, after), (grad,) = ctx.saved_tensors, grads
+        if after is not None:
+            grad = grad.index_select(0, after)
+        if before is not None:
+            grad = grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy_(0, before, grad)
+        return grad, None, None, None
