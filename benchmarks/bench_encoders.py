@@ -24,8 +24,8 @@ from bench_image_size import WARMUP, interleaved, measured_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
 
+from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.config import DecoderConfig
-from quarterlight.ssl.encoders import choose_attention
 from quarterlight.ssl.mae import build_autoencoder
 from quarterlight.ssl.masking import random_masking
 

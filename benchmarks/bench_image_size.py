@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 
+from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.config import DecoderConfig
-from quarterlight.ssl.encoders import choose_attention
 from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
 
 WARMUP = 2  # rounds that count for nothing
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", default="224,448,672", help="sides in pixels, multiples of 224")
-    parser.add_argument("--batch_sizes", default="4,2,1", help="images at once, for each of the sizes")
+    parser.add_argument("--batch_sizes", default="9,2,1", help="images at once of each size, best as many pixels")
     parser.add_argument("--rounds", type=int, default=8, help=f"after {WARMUP} of warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
