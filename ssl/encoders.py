@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 from timm.layers import HybridEmbed
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -12,11 +13,12 @@ from torch import nn
 from .encoder import Encoder
 from .errors import InputError, did_you_mean
 from .hybrid import HybridEncoder
+from .rope import RotaryEncoder
 from .swin import SwinEncoder
 from .vit import ViTEncoder
 
-SUPPORTED = "use one of timm's plain vit_*, its hybrids (vit_*_r50_*, ...), swin_* or swinv2_*"
-FAMILIES = ("vision_transformer", "deit", "swin_transformer")  # beginnings of timm's modules
+SUPPORTED = "use one of timm's vit_* (plain, hybrid such as vit_*_r50_*, or vit_*_rope_*), swin_* or swinv2_*"
+FAMILIES = ("vision_transformer", "deit", "eva", "swin_transformer")  # beginnings of timm's modules
 
 
 def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> nn.Module:
@@ -57,6 +59,8 @@ def wrap(model: nn.Module, name: str) -> Encoder:
     try:
         if type(model) is VisionTransformer:
             return HybridEncoder(model) if isinstance(model.patch_embed, HybridEmbed) else ViTEncoder(model)
+        if type(model) is Eva:
+            return RotaryEncoder(model)
         if isinstance(model, SwinTransformer | SwinTransformerV2):
             return SwinEncoder(model)
     except InputError as error:

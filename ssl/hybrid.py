@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float
 from timm.layers import HybridEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -23,7 +24,7 @@ class HybridEncoder(ViTEncoder):
     and next to hidden patches it sees edges that the image does not have.
     """
 
-    def _unit_sides(self, vit: VisionTransformer) -> tuple[int, int]:
+    def _unit_sides(self, vit: VisionTransformer | Eva) -> tuple[int, int]:
         if not isinstance(vit.patch_embed, HybridEmbed):
             raise InputError(f"its stem ({type(vit.patch_embed).__name__}) is not supported")
         height, width = vit.patch_embed.feat_ratio(as_scalar=False)  # type: ignore[misc]

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from timm.layers import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ class ViTEncoder(Encoder):
     A unit is a patch. Raises InputError for a model that cannot drop patches after adding positions.
     """
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: VisionTransformer | Eva) -> None:
         super().__init__()
         height, width = self._unit_sides(vit)
         if height != width:
@@ -37,7 +38,7 @@ class ViTEncoder(Encoder):
             if unused is not None:
                 unused.requires_grad_(False)
 
-    def _unit_sides(self, vit: VisionTransformer) -> tuple[int, int]:
+    def _unit_sides(self, vit: VisionTransformer | Eva) -> tuple[int, int]:
         """Returns height and width of a patch in pixels; raises InputError for a stem that is no patch embedding."""
         if not isinstance(vit.patch_embed, PatchEmbed):
             raise InputError(f"its stem ({type(vit.patch_embed).__name__}) is not supported: use a plain vit_*")
@@ -57,11 +58,19 @@ class ViTEncoder(Encoder):
             assert masking is not None
             hidden = masking.is_masked.view(-1, *x.shape[1:-1], 1)
             x = torch.where(hidden, mask_token.to(x.dtype), x)
+        return self._encode(x, masking if mask_token is None else None)
+
+    def _encode(self, x: Float[Tensor, "B *hw D"], masking: Masking | None) -> Float[Tensor, "B PK D"]:
+        """Returns the tokens that come of embedded patches, or of the kept ones among them."""
+        vit = self.timm
         x = vit._pos_embed(x)  # the one place where timm adds positions and prefix tokens
-        if masking is not None and mask_token is None:
-            prefix, patches = x.split([self.num_prefix_tokens, self.num_units], dim=1)
-            x = torch.cat([prefix, gather_units(patches, masking.ids_keep)], dim=1)  # [B, prefix + K, D]
+        if masking is not None:
+            x = self._kept(x, masking)
         return vit.norm(vit.blocks(vit.norm_pre(x)))
+
+    def _kept(self, x: Float[Tensor, "B PN D"], masking: Masking) -> Float[Tensor, "B PK D"]:
+        prefix, patches = x.split([self.num_prefix_tokens, self.num_units], dim=1)
+        return torch.cat([prefix, gather_units(patches, masking.ids_keep)], dim=1)
 
     @property
     def no_weight_decay(self) -> set[str]:

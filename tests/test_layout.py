@@ -34,6 +34,7 @@ ORDER = [
     "encoder",
     "vit",
     "hybrid",
+    "rope",
     "tiling",
     "swin",
     "encoders",

@@ -23,6 +23,10 @@ VARIANTS = {
     "norm in front": ("vit_base_patch16_clip_224", {"img_size": 64, **SMALL}),
     "positions without class token": ("deit3_small_patch16_224", {"img_size": 64, **SMALL}),
     "no positions": ("vit_base_patch16_224", {"img_size": 64, "pos_embed": "none", **SMALL}),
+    "rotary": ("vit_small_patch16_rope_224", {"img_size": 64, **SMALL}),
+    "rotary, learned for each block": ("vit_small_patch16_rope_mixed_ape_224", {"img_size": (32, 80), **SMALL}),
+    "rotary, register": ("vit_medium_patch16_rope_reg1_gap_256", {"img_size": 64, **SMALL}),
+    "EVA-02": ("eva02_tiny_patch14_224", {"img_size": 56, **SMALL}),
     "dynamic size": ("vit_base_patch16_224", {"img_size": 64, "dynamic_img_size": True, **SMALL}),
 }
 
