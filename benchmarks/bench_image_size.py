@@ -30,7 +30,7 @@ MODELS = {"ViT-S/16": "vit_small_patch16_224", "Swin-T": "swin_tiny_patch4_windo
 # Of each stage: pixels on a token's side, width, blocks.
 STAGES = {"ViT-S/16": [(16, 384, 12)], "Swin-T": [(4, 96, 2), (8, 192, 2), (16, 384, 6), (32, 768, 2)]}
 DECODER = (512, 1)  # width, blocks; on ViT's patches and on Swin's 32-pixel units, with full attention
-WHOLE, QUARTER, AUTOENCODER = "encoder, all tokens", "encoder, a quarter of the tokens", "masked autoencoder"
+PARTS = WHOLE, QUARTER, AUTOENCODER = "encoder, all tokens", "encoder, a quarter of the tokens", "masked autoencoder"
 LEGEND = """\
 `x`: relative to the smallest size. `blocks`: multiplications of the model's own transformer blocks, attention and MLPs
 (8 hw C^2). The last columns: those of attention alone, if it were over the whole image, 4 hw C^2 + 2 (hw)^2 C, and if
@@ -125,7 +125,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
                 name, img_size=size, decoder=DecoderConfig(embed_dim=DECODER[0], depth=DECODER[1])
             )
             choose_attention(model.to(device).train(), device, given.precision)
-            for what in (WHOLE, QUARTER, AUTOENCODER):
+            for what in PARTS:
                 steps[label, what, size, batch] = pass_of(model, what, given, batch, size)
     rows = []
     for (label, what, size, batch), seconds in interleaved(steps, given.rounds, given.device).items():
@@ -145,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| | | pixels | ms an image | ms, x | blocks, x | attention if full, x | attention if windows, x |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: (row["what"], row["model"], row["size"])):
+    for row in sorted(rows, key=lambda row: (PARTS.index(row["what"]), row["model"], row["size"])):
         ratios = [f"{relative(rows, row, column):.2f}" for column in ("ms", "blocks", "full", "windows")]
         cells = [row["what"], row["model"], f"{row['size']}²", f"{row['ms']:.1f}", *ratios]
         lines.append(f"| {' | '.join(cells)} |")
@@ -158,7 +158,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.8), sharey=True, layout="constrained")
     sizes = sorted({row["size"] for row in rows})
     pixels = [size**2 for size in sizes]
-    for axis, what in zip(axes, (WHOLE, QUARTER, AUTOENCODER), strict=True):
+    for axis, what in zip(axes, PARTS, strict=True):
         lines = {
             label: [
                 next(r["ms"] for r in rows if (r["model"], r["what"], r["size"]) == (label, what, s)) for s in sizes

@@ -26,7 +26,7 @@ class RotaryEncoder(ViTEncoder):
                 rope = apply_keep_indices_nlc(x, rope, masking.ids_keep)
                 rope = rope.transpose(0, 1) if per_block else rope.unsqueeze(1)  # an axis for heads, as blocks expect
         x = eva.norm_pre(x)
-        ropes = rope if per_block else [rope] * len(eva.blocks)
+        ropes: Any = rope if per_block else [rope] * len(eva.blocks)
         for block, its_rope in zip(eva.blocks, ropes, strict=True):
             x = block(x, rope=its_rope)
         return eva.norm(x)

@@ -57,7 +57,8 @@ def samples_of(index: ShardIndex, seed: int = 0, **changes) -> Samples:
     order = ShuffledOrder(np.arange(len(index)), seed)
     crop = RandomCrop((16, 16), (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
     return Samples(
-        **{"index": index, "order": order, "transform": crop, "seed": seed, "masks": MaskSampler((4, 4), 0.75)} | changes
+        **{"index": index, "order": order, "transform": crop, "seed": seed, "masks": MaskSampler((4, 4), 0.75)}
+        | changes
     )
 
 

@@ -95,7 +95,7 @@ def test_initial_weights_are_maes():
 @pytest.mark.parametrize(
     ("name", "args", "said"),
     [
-        ("resnet50", {}, "ResNet is not supported; use one of timm's plain vit_"),
+        ("resnet50", {}, "ResNet is not supported; use one of timm's vit_"),
         ("swinv2_cr_tiny_224", {}, "SwinTransformerV2Cr is not supported"),
         ("vit_relpos_small_patch16_224", {}, "not supported"),
         ("vit_base_patch16_224", {"img_size": 225}, "image height 225 .* use 224 or 240"),
