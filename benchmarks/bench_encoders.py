@@ -29,15 +29,14 @@ from quarterlight.ssl.config import DecoderConfig
 from quarterlight.ssl.mae import build_autoencoder
 from quarterlight.ssl.masking import random_masking
 
-# Width, blocks and heads, for transformers' configs.
-VITS = {"vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
+VITS = {"vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}  # width, blocks, heads
 SWINS = {"swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]), "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32])}
 OURS = "ours"
 LEGEND = """\
-`x ours`: its step time over that of `ours` in the same round, median; above 1 it is slower than ours. `peak`: memory of
-forward and backward pass beyond weights, gradients and optimizer state. `each more`: what one more image in the batch
-adds to it, so without what does not grow with the batch, such as weights cast to bf16. `saved`: what autograd keeps for
-the backward pass, likewise for one more image. `timm dense` encodes all patches, and predicts nothing."""
+`x ours`: step time over that of `ours` in the same round, median. `peak`: memory of forward and backward pass beyond
+weights, gradients and optimizer state. `each more`: what one more image in the batch adds to it, so without what does
+not grow, such as weights cast to bf16. `saved`: what autograd keeps for the backward pass, for one more image.
+`timm dense` encodes all patches and predicts nothing."""
 
 
 class Contestant(NamedTuple):
@@ -119,8 +118,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
 
     def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024  # the kernel says kB
+        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024  # given in kB
 
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = status("VmRSS")
@@ -181,8 +179,7 @@ def memory(comparison: str, name: str, given: argparse.Namespace) -> dict[str, f
 
 def measure(comparison: str, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns memory and step times of each contestant."""
-    figures: dict[str, dict[str, Any]] = {}
-    steps = {}
+    figures, steps = {}, {}
     images = torch.randn(given.batch_size, 3, 224, 224).to(given.device)
     for name, build in contestants(comparison).items():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -204,11 +201,11 @@ def ratio(figures: dict[str, dict[str, Any]], a: str, b: str) -> float:
 def headlines(comparison: str, figures: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Returns the ratios that are quoted, against the better of transformers' attention implementations in each."""
     theirs = [name for name in figures if name.startswith("HF")]
-    vit = comparison in VITS
-    faster, leaner = ("the faster HF setting", "the leaner HF setting") if vit else ("HF SimMIM", "HF SimMIM")
-    labels = [comparison, f"{comparison} cross third" if vit else f"{comparison} SimMIM mode"]
+    faster, leaner, mode = "HF SimMIM", "HF SimMIM", "SimMIM mode"
+    if comparison in VITS:
+        faster, leaner, mode = "the faster HF setting", "the leaner HF setting", "cross third"
     found = {}
-    for label, name in zip(labels, figures, strict=False):
+    for name, label in zip(figures, (comparison, f"{comparison} {mode}"), strict=False):  # ours come first
         found[f"{label}: step rate vs {faster}"] = min(ratio(figures, hf, name) for hf in theirs)
         found[f"{label}: step rate vs timm dense"] = ratio(figures, "timm dense", name)
         for key, words in ("peak", "activation memory"), ("peak_each_more", "activation memory of one more image"):
@@ -237,8 +234,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     # For the processes that measure memory: glibc returns big blocks at once, so that VmRSS is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    about = measured_on(given, "torch", "timm", "transformers")
-    text = f"# Step time and memory of pretraining\n\n{about}\n\n{LEGEND}\n"
+    text = f"# A pretraining step\n\n{measured_on(given, 'torch', 'timm', 'transformers')}\n\n{LEGEND}\n"
     print(text, flush=True)
     comparisons, found = {}, {}
     for comparison in given.models.split(","):

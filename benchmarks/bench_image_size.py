@@ -32,9 +32,10 @@ STAGES = {"ViT-S/16": [(16, 384, 12)], "Swin-T": [(4, 96, 2), (8, 192, 2), (16, 
 DECODER = (512, 1)  # width, blocks; on ViT's patches and on Swin's 32-pixel units, with full attention
 PARTS = WHOLE, QUARTER, AUTOENCODER = "encoder, all tokens", "encoder, a quarter of the tokens", "masked autoencoder"
 LEGEND = """\
-`x`: relative to the smallest size. `blocks`: multiplications of the model's own transformer blocks, attention and MLPs
-(8 hw C^2). The last columns: those of attention alone, if it were over the whole image, 4 hw C^2 + 2 (hw)^2 C, and if
-it were in windows, 4 hw C^2 + 2 M^2 hw C. With hidden tokens, hw and M^2 are what is left of them."""
+From `time` on, figures are relative to the first size. `time`: measured, median over rounds of the ratio in a round.
+`blocks`: multiplications of the model's own transformer blocks, attention and MLPs (8 hw C^2). The last two: those of
+attention alone, if it were over the whole image (4 hw C^2 + 2 (hw)^2 C) and if it were in windows (4 hw C^2 + 2 M^2 hw
+C). With hidden tokens, hw and M^2 are what is left of them."""
 STYLES = {"ViT-S/16": ("#D55E00", "o"), "Swin-T": ("#0072B2", "s")}  # two that color-blind readers tell apart
 
 
@@ -127,26 +128,26 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
             choose_attention(model.to(device).train(), device, given.precision)
             for what in PARTS:
                 steps[label, what, size, batch] = pass_of(model, what, given, batch, size)
+    each = {
+        key: [s / key[3] for s in seconds] for key, seconds in interleaved(steps, given.rounds, given.device).items()
+    }
     rows = []
-    for (label, what, size, batch), seconds in interleaved(steps, given.rounds, given.device).items():
-        row = {"model": label, "what": what, "size": size, "batch": batch, "ms": 1000 * median(seconds) / batch}
-        rows.append(row | formulas(label, what, size))
+    for (label, what, size, batch), seconds in each.items():
+        first = each[label, what, given.sizes[0], given.batch_sizes[0]]
+        before, now = formulas(label, what, given.sizes[0]), formulas(label, what, size)
+        row = {"model": label, "what": what, "size": size, "batch": batch, "ms": 1000 * median(seconds)}
+        row["time"] = median(a / b for a, b in zip(seconds, first, strict=True))
+        rows.append(row | {name: now[name] / before[name] for name in now})
     return rows
-
-
-def relative(rows: list[dict[str, Any]], row: dict[str, Any], column: str) -> float:
-    """Returns the figure of `row` over that of the same model and part at the smallest size."""
-    same = [other for other in rows if (other["model"], other["what"]) == (row["model"], row["what"])]
-    return row[column] / min(same, key=lambda other: other["size"])[column]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| | | pixels | ms an image | ms, x | blocks, x | attention if full, x | attention if windows, x |",
+        "| | | pixels | ms an image | time | blocks | attention if full | attention if in windows |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (PARTS.index(row["what"]), row["model"], row["size"])):
-        ratios = [f"{relative(rows, row, column):.2f}" for column in ("ms", "blocks", "full", "windows")]
+        ratios = [f"{row[name]:.2f}" for name in ("time", "blocks", "full", "windows")]
         cells = [row["what"], row["model"], f"{row['size']}²", f"{row['ms']:.1f}", *ratios]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -62,9 +62,9 @@ class SwinEncoder(Encoder):
         ]
         row, column = unit_order(levels)
         self.register_buffer("unit_order", torch.from_numpy(row * 2**levels + column), persistent=False)
-        self.layouts = tuple(
-            dict.fromkeys(self._layout(stage, block) for stage in range(levels + 1) for block in _blocks(swin, stage))
-        )
+        used = [[self._layout(stage, block) for block in _blocks(swin, stage)] for stage in range(levels + 1)]
+        self.layouts = tuple(dict.fromkeys(layout for stage in used for layout in stage))
+        self.layout_numbers = [[self.layouts.index(layout) for layout in stage] for stage in used]  # of every block
         self.tables = nn.ModuleList(LayoutTables(layout) for layout in self.layouts)
         self.samplers: dict[tuple, MaskSampler] = {}
         swin.head.requires_grad_(False)  # tokens do not pass it; DDP waits for every gradient
@@ -110,8 +110,8 @@ class SwinEncoder(Encoder):
             # In bf16 autocast norms return bf16 on a CPU; the sum over blocks is kept in the images' precision.
             x = x.to(torch.promote_types(images.dtype, torch.float32))
             now: Groups | None = None  # the arrangement that x is in; None: the tokens' own order
-            for block in stage.blocks:
-                wanted = groups[self.layouts.index(self._layout(number, block))]
+            for block, layout in zip(stage.blocks, self.layout_numbers[number], strict=True):
+                wanted = groups[layout]
                 x = _rearranged(x, now, wanted)
                 x, now = _run_block(block, x, wanted), wanted
             x = _rearranged(x, now, None)
@@ -244,25 +244,27 @@ def _rearranged(x: Float[Tensor, "B S E"], now: Groups | None, wanted: Groups | 
     after = wanted.slots if wanted is not None else None
     if before is after:
         return x
-    if wanted is None or wanted.source is None:
-        source = before
-    else:
-        source = wanted.source if before is None else before.index_select(0, wanted.source)
+    source = wanted.source if wanted is not None else None
+    if source is not None and before is not None:
+        source = before.index_select(0, source)
     moved: Any = _MovedRows.apply(x.flatten(0, 1), source, before, after)
     return moved.view(len(x), -1, x.shape[2])
 
 
 class _MovedRows(torch.autograd.Function):
-    """y = x[source]. Every token has one row in x (`before`) and in y (`after`), so the gradient is two row copies.
+    """y = x[source], or x[before] (None). Every token has one row in x (`before`) and one in y (`after`).
 
-    The gradient of plain indexing would add rows one by one, on a GPU by atomics. Rows of empty slots get none.
+    So the gradient is two row copies. That of plain indexing would add rows one by one, on a GPU by atomics. Rows of
+    empty slots get none.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor | None, before: Tensor | None, after: Tensor | None) -> Tensor:
         ctx.save_for_backward(before, after)
         ctx.num_rows = len(x)
-        return x.index_select(0, source)
+        rows = before if source is None else source  # once in the arguments: the compiler refuses one tensor twice
+        assert rows is not None
+        return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
