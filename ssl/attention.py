@@ -27,9 +27,9 @@ def attend(
     dropout: float = 0.0,
 ) -> Float[Tensor, "*B H L E"]:
     """Returns softmax(q k^T * scale + bias) v by the faster kernel; `scale` None is 1 / sqrt(E), -inf forbids."""
+    bias = None if bias is None else bias.to(q.dtype)  # in bf16 too: what is kept of the scores halves or better
     if not prefers_matmul(q.device.type, q.dtype):
-        mask = None if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
@@ -49,18 +49,20 @@ def relative_bias(
     pairs: Int[Tensor, "G L L"],
     places: Int[Tensor, "G L"],
     relative_position_index: Int[Tensor, "A A"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "G H L L"]:
     """Returns the bias of every pair of tokens, -inf where `pairs` is R: the two are not of one window.
 
     `table` holds a row for each relative position, `pairs` the row of each pair, `places` where a token stands in its
-    window of A places, and `relative_position_index` timm's row for two places.
+    window of A places, and `relative_position_index` timm's row for two places. The bias is of type `dtype`, None: of
+    the table's; the table's gradient is summed in its own precision.
 
     On a GPU the gradient of a gather would add millions of pairs into a few thousand cells by atomics, slow and in
     random order; there the same bias is written as one-hot matrix products. On a CPU a gather is twice as fast.
     """
     if pairs.is_cuda or torch.compiler.is_compiling():
-        return bias_by_products(table, pairs, places, relative_position_index)
-    bias: Any = _GatheredBias.apply(table, pairs)
+        return bias_by_products(table, pairs, places, relative_position_index).to(dtype or table.dtype)
+    bias: Any = _GatheredBias.apply(table, pairs, dtype or table.dtype)
     return bias.transpose(0, 1)
 
 
@@ -85,15 +87,15 @@ class _GatheredBias(torch.autograd.Function):
     """bias[h, g, i, j] = table[pairs[g, i, j], h], -inf for row R; its gradient counts rows head by head."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, pairs: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(pairs)
-        ctx.num_rows = len(table)
-        padded = F.pad(table.detach().t(), (0, 1), value=float("-inf"))  # [H, R + 1]
+        ctx.num_rows, ctx.dtype = len(table), table.dtype
+        padded = F.pad(table.detach().t().to(dtype), (0, 1), value=float("-inf"))  # [H, R + 1]
         return padded.index_select(1, pairs.flatten()).view(len(padded), *pairs.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (pairs,), (grad,) = ctx.saved_tensors, grads
-        cells = pairs.flatten()
+        cells, grad = pairs.flatten(), grad.to(ctx.dtype)
         sums = [torch.bincount(cells, weights=head, minlength=ctx.num_rows + 1) for head in grad.flatten(1)]
-        return torch.stack(sums)[:, :-1].t().to(grad.dtype), None
+        return torch.stack(sums)[:, :-1].t().to(ctx.dtype), None, None

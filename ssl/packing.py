@@ -97,10 +97,11 @@ def pack_windows(
     slots. An empty window starts at 0.
     """
     images = np.arange(len(sizes))
-    used = np.zeros((len(sizes), groups), np.int64)
+    sizes = sizes.astype(np.int16)  # small numbers: the search below is bound by memory
+    used = np.zeros((len(sizes), groups), np.int16)
     starts = np.zeros(sizes.shape, np.int32)
     fits = np.ones(len(sizes), bool)
-    order = np.argsort(-sizes, axis=1, kind="stable")
+    order = np.argsort(-sizes, axis=1, kind="stable")  # of int16, a radix sort
     for window in order.T[: int((sizes > 0).sum(axis=1).max())]:
         size = sizes[images, window]
         room = used + size[:, None] <= group_size

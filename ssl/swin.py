@@ -26,7 +26,7 @@ from .packing import WindowLayout, WindowPacker, unit_order
 from .strategies import Strategy
 from .tiling import check_windows
 
-TRIALS = 1000  # masks that choose the shapes of the groups
+TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
 MISFITS = 0.02  # share of masks that a stage may fail to lay out; they are drawn again
 
 
@@ -155,7 +155,8 @@ class SwinEncoder(Encoder):
         key = (mask_ratio, strategy, mask_unit)
         if key not in self.samplers:
             plain = super().mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
-            visible = ~plain.sample(0, np.arange(TRIALS)).is_masked.numpy()
+            trials = min(1000, max(100, TRIAL_UNITS // plain.num_units))
+            visible = ~plain.sample(0, np.arange(trials)).is_masked.numpy()
             packer = WindowPacker.for_masks(self.layouts, visible, misfits=MISFITS)
             self.samplers[key] = MaskSampler(plain.grid, mask_ratio, strategy, plain.block, packer)
         return self.samplers[key]
@@ -232,7 +233,7 @@ def _attention(attn: Any, x: Float[Tensor, "B S E"], groups: Groups) -> Float[Te
         k = F.normalize(k, dim=-1)
     else:
         table, scale = attn.relative_position_bias_table, attn.scale
-    bias = relative_bias(table, groups.pairs, groups.places, attn.relative_position_index)
+    bias = relative_bias(table, groups.pairs, groups.places, attn.relative_position_index, q.dtype)
     dropout = attn.attn_drop.p if attn.training else 0.0
     x = attend(q, k, v, bias, scale=scale, dropout=dropout).transpose(1, 2).reshape(*x.shape[:2], -1)
     return attn.proj_drop(attn.proj(x))
