@@ -186,7 +186,7 @@ class MultiScaleEmbed(nn.Module):
         self.norms = nn.ModuleList(Norm(width) for width, _ in encoder.stage_dims[:-1])  # the last stage has its own
         self.linears = nn.ModuleList(nn.Linear(width * tokens, dim) for width, tokens in encoder.stage_dims)
 
-    def forward(self, stages: list[Float[Tensor, "B KT E"]]) -> Float[Tensor, "B K D"]:
+    def forward(self, stages: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B K D"]:
         """Returns one token a unit."""
         normed = [norm(x) for norm, x in zip(self.norms, stages[:-1], strict=True)] + [stages[-1]]
         units = [x.reshape(len(x), -1, t * x.shape[2]) for x, t in zip(normed, self.tokens_per_unit, strict=True)]

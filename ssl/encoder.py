@@ -48,7 +48,7 @@ class Encoder(nn.Module):
         self,
         images: Float[Tensor, "B C H W"],
         masking: Masking | None = None,
-        mask_token: Float[Tensor, " W"] | None = None,
+        mask_token: Float[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then the tokens of the units.
 
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         """
         raise TypeError("an encoder wraps a model: use build_encoder")
 
-    def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B KT E"]]:
+    def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last as `forward`."""
         return [self(images, masking)]
 

@@ -13,6 +13,7 @@ from torch import nn
 from .encoder import Encoder
 from .errors import InputError, did_you_mean
 from .hybrid import HybridEncoder
+from .patches import check_grid, pair
 from .rope import RotaryEncoder
 from .swin import SwinEncoder
 from .vit import ViTEncoder
@@ -34,7 +35,7 @@ def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = Non
         return timm.create_model(name, **timm_args)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         given = ", ".join(f"{key}={value}" for key, value in timm_args.items())
-        raise InputError(f"timm cannot build {name} with {given}: {error}") from error
+        raise InputError(f"timm cannot build {name} with {given}: {error or 'it gives no reason'}") from error
 
 
 def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> Encoder:
@@ -43,15 +44,32 @@ def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, *
     `img_size` is a side or (height, width) in pixels; `timm_args` go to `timm.create_model` as they are.
     Raises InputError when the model does not exist or cannot encode visible patches only.
     """
+    args = {"num_classes": 0, "drop_path_rate": 0.0, **timm_args}  # timm's Swins would come with 0.1
     try:
-        args = {"num_classes": 0, "drop_path_rate": 0.0, **timm_args}  # timm's Swins would come with 0.1
         model = create_timm_model(name, img_size=img_size, **args)
     except InputError as error:  # arguments of a ViT given to another family: the family is what is wrong
         family = timm.model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else FAMILIES[0]
         if not family.startswith(FAMILIES):
             raise InputError(f"encoder {name}: a {family} is not supported; {SUPPORTED}") from error
+        if img_size is not None:
+            _refuse_size(name, pair(img_size), args)
         raise
     return wrap(model, name)
+
+
+def _refuse_size(name: str, img_size: tuple[int, int], args: dict[str, Any]) -> None:
+    """Raises InputError, with sizes that work, when the model cannot be built because its units do not tile the image.
+
+    timm asserts so without a word in some stems; what units are, the model says at its own size.
+    """
+    try:
+        unit = wrap(create_timm_model(name, **args), name).unit_size
+    except InputError:
+        return  # the size is not what is wrong
+    try:
+        check_grid(img_size, unit)
+    except InputError as error:
+        raise InputError(f"encoder {name}: {error}") from error
 
 
 def wrap(model: nn.Module, name: str) -> Encoder:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,14 +28,19 @@ class HybridEncoder(ViTEncoder):
     def _unit_sides(self, vit: VisionTransformer | Eva) -> tuple[int, int]:
         if not isinstance(vit.patch_embed, HybridEmbed):
             raise InputError(f"its stem ({type(vit.patch_embed).__name__}) is not supported")
-        height, width = vit.patch_embed.feat_ratio(as_scalar=False)  # type: ignore[misc]
-        return height, width
+        stem: Any = vit.patch_embed
+        # timm's own figure is off where the stride does not divide the image; 64 pixels every stem divides.
+        probe = copy.deepcopy(stem.backbone).eval()
+        with torch.no_grad():
+            maps = probe(torch.zeros(1, stem.in_chans, 64, 64, dtype=next(probe.parameters()).dtype))
+        maps = maps[-1] if isinstance(maps, list | tuple) else maps
+        return 64 // maps.shape[2] * stem.patch_size[0], 64 // maps.shape[3] * stem.patch_size[1]
 
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
         masking: Masking | None = None,
-        mask_token: Float[Tensor, " W"] | None = None,
+        mask_token: Float[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         if masking is not None:

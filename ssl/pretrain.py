@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .augment import CenterCrop, Normalize, random_crop
+from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
 from .engine import Figures, Hooks, Task, train
 from .errors import InputError
@@ -129,19 +131,26 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
 
 
 def _whole_images(samples: Samples, normalize: Normalize, count: int) -> Iterator[Float[Tensor, "B C H W"]]:
-    """Yields the crops of the run's first `count` positions in batches, normalized, on the device of `normalize`."""
+    """Yields the crops of the run's first `count` positions, normalized, on the device of `normalize`.
+
+    In batches of at most 64 and as good as equal size, since averages over batches count each batch once.
+    """
     plain = replace(samples, masks=None)
     count = min(count, len(samples.order))
-    for first in range(0, count, 64):
-        yield normalize(plain.__getitems__((first, min(count, first + 64))).images.to(normalize.mean.device))
+    bounds = np.linspace(0, count, -(-count // 64) + 1).round().astype(int).tolist()
+    for first, last in pairwise(bounds):
+        yield normalize(plain.__getitems__((first, last)).images.to(normalize.mean.device))
 
 
 def _fit_components(
     target: PCATarget, path: Path, samples: Samples, normalize: Normalize, accelerator: Accelerator
 ) -> None:
-    """Fits principal components once a run; every process, and the run when it is continued, reads the same."""
+    """Fits principal components once a run; every process, and the run when it is continued, reads the same.
+
+    What is left of an attempt that saved no state is of other options, and is fitted anew.
+    """
     with accelerator.main_process_first():
-        if accelerator.is_main_process and not path.exists():
+        if accelerator.is_main_process and not (path.exists() and state_folders(path.parent)):
             target.fit(_whole_images(samples, normalize, COMPONENT_IMAGES))
             target.save(path)
         target.load(path)

@@ -83,7 +83,7 @@ class SwinEncoder(Encoder):
         self,
         images: Float[Tensor, "B C H W"],
         masking: Masking | None = None,
-        mask_token: Float[Tensor, " W"] | None = None,
+        mask_token: Float[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "B K D"]:
         """Returns the tokens of all units in grid order, or of the kept ones in the order of `ids_keep`; normalized."""
         swin = self.timm
@@ -93,11 +93,11 @@ class SwinEncoder(Encoder):
             return self.stages(images, masking)[-1]
         side = 2 ** (len(self.stage_dims) - 1)
         hidden = masking.is_masked.view(-1, *self.grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
-        x = swin.patch_embed(images)  # [B, h, w, W]
+        x = swin.patch_embed(images)  # [B, h, w, T]
         x = torch.where(hidden[:, :, :, None], mask_token.to(x.dtype), x)
         return swin.norm(swin.layers(x)).flatten(1, 2)
 
-    def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B KT E"]]:
+    def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last normalized."""
         swin = self.timm
         groups = self._arrange(masking)

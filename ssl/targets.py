@@ -99,10 +99,10 @@ class PCATarget(PixelTarget):
         """Reads what `save` wrote. Raises InputError when it is of other units or another number of components."""
         try:
             tensors = load_file(path)
-            self.mean.copy_(tensors["mean"])
-            self.components.copy_(tensors["components"])
-        except (SafetensorError, KeyError, RuntimeError) as error:
-            raise InputError(f"{path} does not hold the components of this run ({error}): remove it") from error
+            self.load_state_dict(tensors)  # refuses other names and shapes; a copy would spread a single component
+        except (SafetensorError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise InputError(f"{path} does not hold the components of this run ({why}): remove it") from error
 
 
 class HOGTarget(PixelTarget):

@@ -49,7 +49,7 @@ class ViTEncoder(Encoder):
         self,
         images: Float[Tensor, "B C H W"],
         masking: Masking | None = None,
-        mask_token: Float[Tensor, " W"] | None = None,
+        mask_token: Float[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         vit = self.timm

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two threads on shared cores can be many times slower than one
 
 KILLED_BEFORE = """
 import os, signal, sys

@@ -1,5 +1,6 @@
 """Classifiers on top of encoders, against timm's own with the same tensors."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from quarterlight.finetune.heads import build_classifier
+from quarterlight.finetune.config import FinetuneOptimConfig
+from quarterlight.finetune.heads import build_classifier, layer_decay_groups
 from quarterlight.ssl.config import DataConfig, EncoderConfig
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
@@ -183,3 +185,134 @@ def test_a_classifier_is_fine_tuned_again_for_other_classes(weights: Weights, tm
     )
     assert again.num_classes == spec.args["num_classes"] == 4
     torch.testing.assert_close(again.eval().forward_features(IMAGES), model.forward_features(IMAGES), rtol=0, atol=1e-6)
+
+
+SWINS = {"swin": "swin_base_patch4_window7_224", "swinv2": "swinv2_base_window8_256"}
+SWIN_ARGS = {"img_size": [64, 64], "window_size": 4, "embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 3, 4)}
+SWIN_IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def swin_spec(kind: str = "swin", **args) -> ModelSpec:
+    return ModelSpec(SWINS[kind], SWIN_ARGS | args, SPEC.mean, SPEC.std)
+
+
+def swin_weights(spec: ModelSpec) -> Weights:
+    """An encoder's weights, none of them at its initial value."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = build_encoder(spec.name, **spec.timm_args()).timm.state_dict()
+    return Weights("x", {n: x + torch.randn(x.shape, generator=generator) * 0.1 for n, x in tensors.items()}, spec)
+
+
+@pytest.mark.parametrize("kind", SWINS)
+def test_a_swins_classifier_has_the_encoders_weights_and_pools_its_tokens(kind: str):
+    weights = swin_weights(swin_spec(kind))
+    model, spec, report = build_classifier(swin_spec(kind), weights, num_classes=10, pool="avg", drop_path=0.1)
+    tensors = model.state_dict()
+    assert tensors.keys() - weights.tensors.keys() == {"head.fc.weight", "head.fc.bias"}
+    for name, x in weights.tensors.items():
+        assert torch.equal(tensors[name], x), name
+    assert report == f"x: {len(weights.tensors)} of {len(weights.tensors)} encoder tensors loaded"
+    assert 1e-5 < model.head.fc.weight.std() < 3e-5 and not model.head.fc.bias.any()
+    nn.init.normal_(model.head.fc.weight)
+    encoder, _ = load_encoder(swin_spec(kind), weights)
+    logits = encoder(SWIN_IMAGES).mean(dim=1) @ model.head.fc.weight.T
+    torch.testing.assert_close(model.eval()(SWIN_IMAGES), logits, rtol=0, atol=1e-5)
+    again = timm.create_model(spec.name, **spec.args).eval()
+    again.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(again(SWIN_IMAGES), model(SWIN_IMAGES), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", SWINS)
+def test_every_parameter_of_a_swins_classifier_is_trained(kind: str):
+    model, _, _ = build_classifier(swin_spec(kind), None, num_classes=10, pool="avg", drop_path=0.1)
+    model.train()(SWIN_IMAGES).square().sum().backward()
+    assert all(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_swin_cannot_be_pooled_by_a_class_token():
+    with pytest.raises(InputError, match="pool token: swin_base_patch4_window7_224 has no class token; use pool avg"):
+        build_classifier(swin_spec(), None, num_classes=10, pool="token", drop_path=0.0)
+
+
+def of_another_window(spec: ModelSpec, weights: Weights, **size) -> dict[str, Tensor]:
+    """Returns the tensors after timm's own change of image and window size."""
+    model = timm.create_model(spec.name, num_classes=0, **spec.timm_args())
+    model.load_state_dict(weights.tensors, strict=True)
+    model.set_input_size(**size)
+    return model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # timm's own, of its indexing
+def test_tables_of_relative_positions_are_resized_to_the_windows_of_the_spec():
+    weights = swin_weights(swin_spec(img_size=[224, 224], window_size=7))
+    spec = swin_spec(img_size=[192, 192], window_size=6)
+    model, _, report = build_classifier(spec, weights, num_classes=10, pool="avg", drop_path=0.0)
+    wanted = of_another_window(weights.spec, weights, img_size=(192, 192), window_size=6)
+    tensors = model.state_dict()
+    tables = [name for name in wanted if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 8 and all(tensors[name].shape[0] == 11**2 for name in tables)
+    for name, x in wanted.items():
+        torch.testing.assert_close(tensors[name], x, rtol=0, atol=1e-6)
+    assert report == "x: 119 of 119 encoder tensors loaded; 8 tables of relative positions resized"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+@pytest.mark.parametrize(("old", "new"), [((4, 8), (4, 4)), ((4, 8), (8, 4)), ((2, 14), (4, 4))])
+def test_tables_of_windows_that_are_not_square_are_resized_too(old: tuple[int, int], new: tuple[int, int]):
+    weights = swin_weights(swin_spec(img_size=[32 * old[0], 32 * old[1]], window_size=old))
+    model, _, _ = build_classifier(
+        swin_spec(img_size=[256, 256], window_size=new), weights, num_classes=10, pool="avg", drop_path=0.0
+    )
+    wanted = of_another_window(weights.spec, weights, img_size=(256, 256), window_size=new)
+    for name, x in wanted.items():
+        torch.testing.assert_close(model.state_dict()[name], x, rtol=0, atol=1e-6)
+
+
+def test_a_swinv2_takes_other_windows_as_it_is():
+    weights = swin_weights(swin_spec("swinv2", img_size=[256, 256], window_size=8))
+    spec = swin_spec("swinv2", img_size=[192, 192], window_size=6)
+    model, _, report = build_classifier(spec, weights, num_classes=10, pool="avg", drop_path=0.0)
+    assert "resized" not in report and model.layers[0].blocks[0].window_size == (6, 6)
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in weights.tensors.items())
+
+
+def simmim_layer(name: str, depths: tuple[int, ...]) -> int:
+    """SimMIM's number of the layer of a parameter (`get_swin_layer`): blocks from 1, merging with the block before."""
+    if name.startswith("patch_embed."):
+        return 0
+    if found := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+        return sum(depths[: int(found[1])]) + int(found[2]) + 1
+    if found := re.match(r"layers\.(\d+)\.downsample\.", name):
+        return sum(depths[: int(found[1])])
+    assert name.startswith(("norm.", "head.")), name
+    return sum(depths) + 1
+
+
+@pytest.mark.parametrize("kind", SWINS)
+def test_layer_decay_of_a_swin_is_simmims(kind: str):
+    depths = (2, 2, 18, 2)
+    spec = swin_spec(kind, depths=depths, embed_dim=8, num_heads=(1, 1, 1, 1))
+    model, _, _ = build_classifier(spec, None, num_classes=3, pool="avg", drop_path=0.0)
+    groups = layer_decay_groups(model, FinetuneOptimConfig(layer_decay=0.8, weight_decay=0.05))
+    found = {p: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
+    layers = set()
+    for name, parameter in model.named_parameters():
+        scale, decay = found[parameter]
+        layer = simmim_layer(name, depths)
+        layers.add(layer)
+        assert scale == pytest.approx(0.8 ** (24 + 1 - layer), rel=1e-9), name
+        relative = ("relative_position_bias_table", "logit_scale", "cpb_mlp")
+        plain = name.endswith("bias") or "norm" in name or any(part in name for part in relative)
+        assert decay == (0.0 if plain else 0.05), name
+    assert layers == set(range(26))
+
+
+def test_a_swins_merging_learns_like_the_block_before_it():
+    model, _, _ = build_classifier(swin_spec(), None, num_classes=3, pool="avg", drop_path=0.0)
+    groups = layer_decay_groups(model, FinetuneOptimConfig(layer_decay=0.5))
+    scales = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    merging, before = model.layers[2].downsample.reduction.weight, model.layers[1].blocks[1].mlp.fc1.weight
+    assert scales[merging] == scales[before] == pytest.approx(0.5**5)
+    assert scales[model.patch_embed.proj.weight] == pytest.approx(0.5**9)
+    assert scales[model.norm.weight] == scales[model.head.fc.weight] == 1.0
