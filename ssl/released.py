@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .config import DataConfig, EncoderConfig
 from .encoder import Encoder
-from .encoders import build_encoder, wrap
+from .encoders import build_encoder, create_timm_model, wrap
 from .errors import InputError
 from .export import CLASSIFIER_FILE, ENCODER_FILE, ModelSpec
 from .patches import pair
@@ -174,7 +175,7 @@ def load_weights(model: Any, weights: Weights) -> str:
                 given["pos_embed"], list(new), list(old), num_prefix_tokens=prefix
             )
             note = f"; positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
-    tables = _resized_tables(model, given, wanted)
+    tables = _resized_tables(model, weights, wanted)
     given |= tables
     note += f"; {len(tables)} tables of relative positions resized" if tables else ""
     matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
@@ -195,14 +196,33 @@ def load_weights(model: Any, weights: Weights) -> str:
     return f"{weights.source}: {len(matched)} of {len(wanted)} encoder tensors loaded{note}"
 
 
-def _resized_tables(model: Any, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tables of relative positions (Swin) that were made for other windows, fitted to the model's."""
+def _resized_tables(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tables of relative positions (Swin) that were made for other windows, fitted to the model's.
+
+    Raises InputError for a table of windows that are not square, from weights that do not say which model they are of.
+    """
+    suffix = ".relative_position_bias_table"
+    names = [name for name in wanted.keys() & weights.tensors.keys() if name.endswith(suffix)]
+    old: Any = None
+    if names and weights.spec is not None:
+        with torch.device("meta"):  # for its windows only
+            old = create_timm_model(weights.spec.name, **weights.spec.timm_args())
     found = {}
-    for name in [name for name in given.keys() & wanted.keys() if name.endswith(".relative_position_bias_table")]:
-        if given[name].shape != wanted[name].shape:
-            attn = model.get_submodule(name.rpartition(".")[0])
-            shape = tuple(wanted[name].shape)
-            found[name] = resize_rel_pos_bias_table(given[name], attn.window_size, shape)
+    for name in names:
+        table, new = weights.tensors[name], model.get_submodule(name.removesuffix(suffix)).window_size
+        if old is None and table.shape == wanted[name].shape:
+            continue
+        side = (math.isqrt(len(table)) + 1) // 2
+        window = pair(side) if old is None else old.get_submodule(name.removesuffix(suffix)).window_size
+        if (2 * window[0] - 1) * (2 * window[1] - 1) != len(table):
+            raise InputError(
+                f"init {weights.source}: {name} has {len(table)} rows, which is no square window, and the weights do "
+                "not say which it is: give encoder.args {window_size: ...} as they were trained"
+            )
+        if pair(window) != pair(new):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of timm's, about the kind of interpolation
+                found[name] = resize_rel_pos_bias_table(table, new, tuple(wanted[name].shape), pair(window))  # type: ignore[arg-type]
     return found
 
 

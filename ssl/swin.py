@@ -156,6 +156,7 @@ class SwinEncoder(Encoder):
         if key not in self.samplers:
             plain = super().mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
             trials = min(1000, max(100, TRIAL_UNITS // plain.num_units))
+            trials = trials if plain.num_keep < plain.num_units else 1  # with nothing hidden there is one mask
             visible = ~plain.sample(0, np.arange(trials)).is_masked.numpy()
             packer = WindowPacker.for_masks(self.layouts, visible, misfits=MISFITS)
             self.samplers[key] = MaskSampler(plain.grid, mask_ratio, strategy, plain.block, packer)

@@ -15,39 +15,36 @@ def check_windows(swin: Any) -> None:
     stages = len(swin.layers)
     unit = patch[0] * 2 ** (stages - 1)
     size = tuple(int(side) for side in swin.patch_embed.img_size)
-    targets = _windows(swin)
+    windows = _windows(swin)
     partition = bool(swin.layers[0].blocks[0].always_partition)
-    bad = [
-        (a, i) for a in (0, 1) if (i := _first_untiled(size[a], unit, [t[a] for t in targets], partition)) is not None
+    for axis, name in enumerate(("height", "width")):
+        side, sides = size[axis], [window[axis] for window in windows]
+        stage = _first_untiled(side, unit, sides, partition)
+        if stage is None:
+            continue
+        what = f"is not a multiple of the {unit} pixels that end as one token"
+        if stage >= 0:
+            tokens = side * 2 ** (stages - 1 - stage) // unit
+            what = f"makes {tokens} tokens in stage {stage + 1}, which windows of {sides[stage]} do not tile"
+        fits = [x for x in range(unit, 3 * max(side, unit), unit) if _first_untiled(x, unit, sides, partition) is None]
+        near = [x for x in fits if x < side][-1:] + [x for x in fits if x > side][:1]
+        ways = [f"{' or '.join(map(str, near))} pixels"] if near else []
+        others = _windows_that_tile(size, unit, stages, partition, wanted=sides[0])
+        if others:
+            more = f" (or {', '.join(map(str, others[1:]))})" if others[1:] else ""
+            ways.append(f"encoder.args {{window_size: {others[0]}}}{more}")
+        raise InputError(f"image {name} {side} {what}" + (f": use {', or '.join(ways)}" if ways else ""))
+
+
+def _windows_that_tile(size: tuple[int, ...], unit: int, stages: int, partition: bool, *, wanted: int) -> list[int]:
+    """Returns the square windows, the same in all stages, that tile an image, those nearest to `wanted` first."""
+    finest = min(size) * 2 ** (stages - 1) // unit  # tokens along the shorter side in the first stage
+    tile = [
+        window
+        for window in WINDOWS
+        if window <= finest and all(_first_untiled(x, unit, [window] * stages, partition) is None for x in size)
     ]
-    if not bad:
-        return
-    axis, stage = bad[0]
-    name = ("height", "width")[axis]
-    if stage < 0:
-        what = f"image {name} {size[axis]} is not a multiple of the {unit} pixels that end as one token"
-    else:
-        tokens = size[axis] * 2 ** (stages - 1 - stage) // unit
-        what = (
-            f"image {name} {size[axis]} makes {tokens} tokens in stage {stage + 1}, which windows of "
-            f"{targets[stage][axis]} do not tile"
-        )
-    sides = [t[axis] for t in targets]
-    fits = [
-        x for x in range(unit, 3 * max(size[axis], unit), unit) if _first_untiled(x, unit, sides, partition) is None
-    ]
-    lower, upper = [x for x in fits if x < size[axis]][-1:], [x for x in fits if x > size[axis]][:1]
-    ways = f"use {' or '.join(map(str, lower + upper))} pixels" if lower + upper else ""
-    windows = [
-        w
-        for w in WINDOWS
-        if all(_first_untiled(size[a], unit, [w] * stages, partition) is None for a in (0, 1))
-        and w * unit <= 2 ** (stages - 1) * min(size)
-    ]
-    if windows:
-        ways += f"{', or ' if ways else 'use '}encoder.args {{window_size: {windows[-1]}}}"
-        ways += f" (or {', '.join(map(str, windows[:-1]))})" if windows[:-1] else ""
-    raise InputError(f"{what}: {ways}" if ways else what)
+    return sorted(tile, key=lambda window: abs(window - wanted))
 
 
 def _windows(swin: Any) -> list[tuple[int, int]]:
@@ -55,7 +52,7 @@ def _windows(swin: Any) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     for stage in swin.layers:
         block = stage.blocks[0]
-        window = [int(side) for side in block.window_size]
+        window = [max(1, int(side)) for side in block.window_size]  # an image smaller than a patch leaves none
         for axis in (0, 1):
             if window[axis] == block.input_resolution[axis]:
                 window[axis] = max([window[axis], *(before[axis] for before in found)])
@@ -68,7 +65,7 @@ def _first_untiled(size: int, unit: int, windows: list[int], always_partition: b
 
     A window larger than the grid shrinks to it, as in timm, unless the model always partitions.
     """
-    if size % unit:
+    if size % unit or size < unit:
         return -1
     for stage, window in enumerate(windows):
         tokens = size * 2 ** (len(windows) - 1 - stage) // unit
