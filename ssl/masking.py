@@ -45,7 +45,8 @@ class Masking(NamedTuple):
         packing = self.packing
         if packing is not None:
             starts, redraws = (x.to(device, non_blocking=non_blocking) for x in (packing.starts, packing.redraws))
-            packing = packing._replace(starts=starts, redraws=redraws)
+            shapes = tuple(shape and (shape[0], shape[1]) for shape in packing.shapes)  # pinning made lists of them
+            packing = Packing(starts, shapes, redraws)
         return Masking(ids_keep, ids_restore, is_masked, packing)
 
 

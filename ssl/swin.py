@@ -5,10 +5,11 @@ their order through all stages. Only attention needs another arrangement: window
 query attends to the visible tokens of its own window, with timm's shift and relative-position bias, so this is timm's
 model with masked tokens excluded as keys, and with nothing masked it is timm's model.
 
-Agrees with "group window attention" (Huang et al. 2022, arXiv:2205.13515). Differs from it: every image has a mask of
-its own there one mask serves a whole batch, and plans are made in the loader's workers by first fit.
+Agrees with "group window attention" (GreenMIM, Huang et al. 2022, arXiv:2205.13515). Differs from GreenMIM: every image
+has a mask of its own, where there one serves a whole batch, and plans are made in the loader's workers by first fit.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,9 +199,9 @@ class LayoutTables(nn.Module):
             windows = windows.new_full((rows,), -1).index_copy_(0, slots, windows.flatten())
             places = places.new_zeros(rows).index_copy_(0, slots, places.flatten())
         length = n if shape is None else shape[1]
-        windows, places = windows.view(-1, length), places.view(-1, length)
+        windows, places = windows.int().view(-1, length), places.int().view(-1, length)
         high, wide = self.window
-        code = (places // wide * (2 * wide - 1) + places % wide).int()
+        code = places // wide * (2 * wide - 1) + places % wide
         pairs = code[:, :, None] - code[:, None, :] + (high - 1) * (2 * wide - 1) + wide - 1
         same = windows[:, :, None] == windows[:, None, :]  # empty slots see each other: a softmax needs some key
         return Groups(slots, source, places, torch.where(same, pairs, (2 * high - 1) * (2 * wide - 1)))
@@ -230,7 +231,7 @@ def _attention(attn: Any, x: Float[Tensor, "B S E"], groups: Groups) -> Float[Te
     q, k, v = qkv.view(-1, length, 3, attn.num_heads, qkv.shape[2] // (3 * attn.num_heads)).permute(2, 0, 3, 1, 4)
     if is_v2:
         table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
-        q = F.normalize(q, dim=-1) * attn.logit_scale.clamp(max=np.log(100.0)).exp()
+        q = F.normalize(q, dim=-1) * attn.logit_scale.clamp(max=math.log(100.0)).exp()
         k = F.normalize(k, dim=-1)
     else:
         table, scale = attn.relative_position_bias_table, attn.scale
