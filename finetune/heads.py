@@ -43,21 +43,26 @@ def layer_decay_groups(classifier: nn.Module, config: FinetuneOptimConfig) -> li
     Layers are timm's, a block each (a Swin-B's 24 count through all stages); positions, class token, biases, norms and
     tables of relative positions are not decayed. Two corrections make the scales those of MAE (`lr_decay.py`) and
     SimMIM (`optimizer.py`): the final norm learns at the rate of the head, and the merging of patches at that of the
-    last block before it; timm counts them to the last block, and to the block that follows.
+    last block before it; timm counts them to the last block, and to the block that follows. Learned rotations, which
+    timm counts to the head, learn with the positions.
     """
     names = {parameter: name for name, parameter in classifier.named_parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for group in param_groups_layer_decay(
+    by_layer = param_groups_layer_decay(
         classifier,
         config.weight_decay,
         no_weight_decay_list=classifier.no_weight_decay(),  # type: ignore[operator]
         layer_decay=config.layer_decay,
-    ):
+    )
+    lowest = min(float(group["lr_scale"]) for group in by_layer)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in by_layer:
         for parameter in group["params"]:
             scale = float(group["lr_scale"])
             if names[parameter].startswith("norm."):
                 scale = 1.0
             elif ".downsample." in names[parameter]:
                 scale *= config.layer_decay
+            elif names[parameter].startswith("rope."):
+                scale = lowest
             groups.setdefault((scale, float(group["weight_decay"])), []).append(parameter)
     return [{"params": params, "lr_scale": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]

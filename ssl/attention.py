@@ -72,7 +72,11 @@ def bias_by_products(
     places: Int[Tensor, "G L"],
     relative_position_index: Int[Tensor, "A A"],
 ) -> Float[Tensor, "G H L L"]:
-    """`relative_bias` as E B E^T with one-hot places E and B the bias of two places: deterministic both ways."""
+    """`relative_bias` as E B E^T with one-hot places E and B the bias of two places.
+
+    The sums over pairs are then products both ways, in an order that does not change. (What is left to indexing is the
+    gradient of B's A * A rows, which torch sorts, and a compiler may add by atomics.)
+    """
     (groups, length), area, heads = places.shape, len(relative_position_index), table.shape[1]
     with torch.autocast(table.device.type, enabled=False):  # products with ones are exact only in full precision
         one_hot = (places[:, :, None] == torch.arange(area, device=places.device)).to(table.dtype)  # [G, L, A]

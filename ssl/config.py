@@ -176,7 +176,7 @@ class PretrainConfig(StageConfig):
     positions: Literal["sincos", "learned", "none"] | None = None
     """A ViT's absolute positions. null: those in --init, else sincos."""
     train_positions: bool | None = None
-    """Whether pretraining changes them. null: learned ones yes, others no."""
+    """Whether pretraining changes them. null: yes with positions learned, else no (those of --init neither)."""
     picture_every_steps: int = 1000
     """Steps between two pictures of reconstructions; 0: only at the end."""
 

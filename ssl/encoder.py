@@ -63,9 +63,16 @@ class Encoder(nn.Module):
         return [self(images, masking)]
 
     def mask_sampler(
-        self, mask_ratio: float, *, strategy: Strategy = "random", mask_unit: int | None = None
+        self,
+        mask_ratio: float,
+        *,
+        strategy: Strategy = "random",
+        mask_unit: int | None = None,
+        encode_masked: bool = False,
     ) -> MaskSampler:
         """Returns what draws masks for this encoder, in squares of `mask_unit` pixels (None: its own units).
+
+        `encode_masked` says that the encoder will see mask tokens instead of leaving hidden units out.
 
         Raises InputError when the units of the masks do not consist of whole units of the encoder, or do not tile the
         image.
@@ -106,4 +113,6 @@ class Encoder(nn.Module):
         raise InputError(f"positions {kind}: a {type(self.timm).__name__} has no absolute positions")
 
     def train_positions(self, trained: bool) -> None:
-        """Includes absolute positions in training or not; for a model that has none there is nothing to do."""
+        """Includes absolute positions in training, or not. Raises InputError if there are none to train."""
+        if trained:
+            raise InputError(f"train_positions: a {type(self.timm).__name__} has no absolute positions")

@@ -78,7 +78,8 @@ class MaskedAutoencoder(nn.Module):
         self, images: Float[Tensor, "B C H W"], prediction: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]
     ) -> Float[Tensor, ""]:
         """Returns the mean squared (or absolute) error of the predictions for the units `ids`, in images' precision."""
-        target = self.target(images, ids)
+        with torch.autocast(images.device.type, enabled=False):  # a product with principal components would be bf16
+            target = self.target(images, ids)
         return self.error(prediction.to(target.dtype), target)
 
 
@@ -122,7 +123,9 @@ def build_autoencoder(
     encode_masked: bool = False,
     **encoder_args: Any,
 ) -> MaskedAutoencoder:
-    """Returns a masked autoencoder with MAE's initial weights and fixed positions around the timm model `encoder_name`.
+    """Returns a masked autoencoder with initial weights around the timm model `encoder_name`.
+
+    The decoder and a ViT start as MAE's, with fixed sine-cosine positions; a Swin as timm makes it.
 
     `encoder_args` go to `timm.create_model`. Raises InputError for a model that cannot encode visible units only.
     """

@@ -45,7 +45,9 @@ class Masking(NamedTuple):
         packing = self.packing
         if packing is not None:
             starts, redraws = (x.to(device, non_blocking=non_blocking) for x in (packing.starts, packing.redraws))
-            shapes = tuple(shape and (shape[0], shape[1]) for shape in packing.shapes)  # pinning made lists of them
+            shapes = tuple(
+                shape and (shape[0], shape[1]) for shape in packing.shapes
+            )  # some versions of torch pin lists of them
             packing = Packing(starts, shapes, redraws)
         return Masking(ids_keep, ids_restore, is_masked, packing)
 
@@ -59,9 +61,8 @@ def num_keep(num_units: int, mask_ratio: float) -> int:
         raise InputError(f"mask ratio {mask_ratio} is not in [0, 1): it is the share of units that is hidden")
     kept = int(num_units * (1 - mask_ratio))
     if kept == 0:
-        raise InputError(
-            f"mask ratio {mask_ratio} hides all {num_units} units: use at most {(num_units - 1) / num_units:.3f}"
-        )
+        most = next(thousandths for thousandths in range(999, -1, -1) if int(num_units * (1 - thousandths / 1000)))
+        raise InputError(f"mask ratio {mask_ratio} hides all {num_units} units: use at most {most / 1000:.3f}")
     return kept
 
 
@@ -135,25 +136,31 @@ class MaskSampler:
             return masking
         starts, fits = self.packer.pack(~masking.is_masked.numpy())
         redraws = np.zeros(len(positions), np.int64)
-        for attempt in range(1, REDRAWS):
+        for attempt in range(1, REDRAWS + 1):
             if fits.all():
-                shapes = self.packer.shapes
-                return masking._replace(packing=Packing(torch.from_numpy(starts), shapes, torch.from_numpy(redraws)))
+                break
             again = np.flatnonzero(~fits)
             redraws[again] += 1
             noise[again] = self._noise(seed, positions[again], f"mask, redraw {attempt}")
             masking = _masking_by(torch.from_numpy(noise), self.num_keep)
             starts[again], fits[again] = self.packer.pack(~masking.is_masked.numpy()[again])
-        raise InputError(f"{REDRAWS} masks of strategy {self.strategy} did not fit the encoder's windows: take random")
+        if not fits.all():
+            raise InputError(
+                f"{REDRAWS} masks (mask.strategy {self.strategy}, mask.ratio {self.mask_ratio}) for position "
+                f"{positions[~fits][0]} did not fit the groups of the encoder's windows: take another ratio or strategy"
+            )
+        return masking._replace(
+            packing=Packing(torch.from_numpy(starts), self.packer.shapes, torch.from_numpy(redraws))
+        )
 
     def _noise(self, seed: int, positions: Int[np.ndarray, " B"], purpose: str) -> Float[np.ndarray, "B N"]:
-        """Returns what to sort: visible units below 1, masked ones above, each part in random order."""
+        """Returns what to sort: visible units come before masked ones, each part in random order."""
+        if self.strategy == "random" and self.block == 1:  # the order by which units are chosen is random enough
+            return uniforms(seed, purpose, positions, self.num_units)
         height, width = (side // self.block for side in self.grid)
         kept = self.num_keep // self.block**2
         visible = visible_units(
             self.strategy, (height, width), kept, seed=seed, purpose=purpose, positions=positions
         ).reshape(-1, height, width)
         visible = visible.repeat(self.block, axis=1).repeat(self.block, axis=2).reshape(len(positions), -1)
-        plain = self.strategy == "random" and self.block == 1  # the order by which they were chosen is random enough
-        order = uniforms(seed, purpose if plain else f"{purpose} order", positions, self.num_units)
-        return order + ~visible
+        return uniforms(seed, f"{purpose} order", positions, self.num_units) + ~visible

@@ -4,7 +4,7 @@ A mask hides whole units (32 pixels for Swin), so most windows are partly empty.
 window is exact when tokens attend to tokens of their own window only; so the windows of one image are packed, the
 largest first, each into the first of a fixed number of groups that has room, and attention runs group by group under a
 mask of "same window". The number and size of the groups are chosen once, by trying a sample of masks: shapes never
-change from batch to batch, and a mask that does not fit (one or two in a hundred) is drawn again.
+change from batch to batch, and a mask that does not fit (two to five in a hundred) is drawn again.
 
 What is computed here is one number a window: the slot at which its tokens begin. The rest follows on the device.
 """
@@ -115,9 +115,9 @@ def pack_windows(
 def choose_shape(sizes: Int[np.ndarray, "B C"], window_area: int, misfits: float) -> tuple[int, int]:
     """Returns the number and size of groups of least cost that hold all but a share `misfits` of the images.
 
-    A slot costs its share of the linear layers and one more for every 400 slots of its group: the products of attention
-    are to the linear layers of a block as group_size / (6 * width), and the first stages are some 100 wide. Sizes are
-    multiples of 8, which the fused kernels of GPUs want of a mask.
+    A slot costs its share of the linear layers, and as much again when its group has 400 slots: the products of
+    attention are to a block's linear layers as group_size / (6 * width), the first stages are some 100 wide, and scores
+    also move through memory. Sizes are multiples of 8, which the fused kernels of GPUs want of a mask.
     """
     tokens = int(sizes.sum(axis=1).max())
     largest = int(sizes.max())

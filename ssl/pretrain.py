@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from .augment import CenterCrop, Normalize, random_crop
@@ -65,7 +65,12 @@ def pretrain(config: PretrainConfig) -> Figures:
     accelerator, run_dir = opened.accelerator, opened.run_dir
     autoencoder, spec, report = _build(config, opened)
     encoder = autoencoder.encoder
-    masks = encoder.mask_sampler(config.mask.ratio, strategy=config.mask.strategy, mask_unit=config.mask.unit)
+    masks = encoder.mask_sampler(
+        config.mask.ratio,
+        strategy=config.mask.strategy,
+        mask_unit=config.mask.unit,
+        encode_masked=config.encode_masked,
+    )
     if masks.num_keep == encoder.num_units:
         raise InputError(
             f"mask.ratio {config.mask.ratio} hides none of the {encoder.num_units} patches, so there is nothing to "
@@ -80,12 +85,17 @@ def pretrain(config: PretrainConfig) -> Figures:
     plain = {f"autoencoder.encoder.timm.{name}" for name in encoder.no_weight_decay}
     optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
 
+    # Read once: every export measures the batch norms on the same images.
+    statistics_images: list[Tensor] = []
+    if has_batch_norm(encoder.timm) and accelerator.is_main_process:
+        statistics_images += _whole_images(samples, accelerator.device, STATISTICS_IMAGES)
+
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)
         facts |= {"mask_ratio": config.mask.ratio, "target": config.target}
         model = encoder.timm
         if has_batch_norm(model):
-            model = with_statistics_of(model, _whole_images(samples, task.normalize, STATISTICS_IMAGES))
+            model = with_statistics_of(model, map(task.normalize, statistics_images))
         export_weights(run_dir / ENCODER_FILE, model, spec, facts)
         if progress["step"] == total_steps:
             title = f"{spec.name}, pretrained as a masked autoencoder"
@@ -112,7 +122,12 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
     spec = opened.spec
     if config.positions == "none":
         spec = replace(spec, args=spec.args | {"pos_embed": "none"})
-    encoder, report = load_encoder(spec, opened.weights)
+    try:
+        encoder, report = load_encoder(spec, opened.weights)
+    except InputError as error:
+        if config.positions == "none" and "pos_embed" in str(error):
+            raise InputError(f"positions none: {spec.name} has no absolute positions to leave out") from error
+        raise
     if config.positions in ("sincos", "learned"):
         encoder.set_positions(config.positions)
     trained = config.positions == "learned" if config.train_positions is None else config.train_positions
@@ -130,8 +145,8 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
     return autoencoder, spec, report
 
 
-def _whole_images(samples: Samples, normalize: Normalize, count: int) -> Iterator[Float[Tensor, "B C H W"]]:
-    """Yields the crops of the run's first `count` positions, normalized, on the device of `normalize`.
+def _whole_images(samples: Samples, device: torch.device, count: int) -> Iterator[UInt8[Tensor, "B H W C"]]:
+    """Yields the crops of the run's first `count` positions.
 
     In batches of at most 64 and as good as equal size, since averages over batches count each batch once.
     """
@@ -139,7 +154,7 @@ def _whole_images(samples: Samples, normalize: Normalize, count: int) -> Iterato
     count = min(count, len(samples.order))
     bounds = np.linspace(0, count, -(-count // 64) + 1).round().astype(int).tolist()
     for first, last in pairwise(bounds):
-        yield normalize(plain.__getitems__((first, last)).images.to(normalize.mean.device))
+        yield plain.__getitems__((first, last)).images.to(device)
 
 
 def _fit_components(
@@ -151,7 +166,7 @@ def _fit_components(
     """
     with accelerator.main_process_first():
         if accelerator.is_main_process and not (path.exists() and state_folders(path.parent)):
-            target.fit(_whole_images(samples, normalize, COMPONENT_IMAGES))
+            target.fit(map(normalize, _whole_images(samples, torch.device("cpu"), COMPONENT_IMAGES)))
             target.save(path)
         target.load(path)
 
@@ -183,7 +198,7 @@ class Painter:
             autoencoder.eval()
             with torch.no_grad(), self.accelerator.autocast():
                 images = normalize(batch.images)
-                result = autoencoder(images, batch.masking)
+                result = autoencoder.forward(images, batch.masking)  # not compiled: it is of another size, for once
             autoencoder.train()
             picture = reconstruction_picture(autoencoder, images, result, mean=normalize.mean, std=normalize.std)
             save_png(self.png, picture)

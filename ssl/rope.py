@@ -16,6 +16,11 @@ class RotaryEncoder(ViTEncoder):
     Each kept patch keeps the rotation of its own place, as timm's patch dropout does it.
     """
 
+    @property
+    def no_weight_decay(self) -> set[str]:
+        """The positions, and rotations where they are learned."""
+        return super().no_weight_decay | {name for name in self.timm.no_weight_decay() if name.startswith("rope.")}
+
     def _encode(self, x: Float[Tensor, "B *hw D"], masking: Masking | None) -> Float[Tensor, "B PK D"]:
         eva: Any = self.timm
         x, rope = eva._pos_embed(x)

@@ -26,7 +26,8 @@ def visible_units(
     The same for the same (seed, purpose, position). `random` is uniform without replacement; `block` hides rectangles
     as BEiT does (Bao et al. 2022, algorithm 1: at least 16 of 196 patches each), which is MAE's block-wise sampling,
     the last one cut to the exact number; `grid` keeps a regular pattern at a random offset: at a ratio of 0.75 one of
-    every 2 x 2 units, as MAE's grid-wise sampling, and at others Bayer's ordered dither.
+    every 2 x 2 units, as MAE's grid-wise sampling (on odd grids as nearly as the exact number allows), and at others
+    Bayer's ordered dither.
     """
     if strategy == "block":
         return np.stack([_blocks(grid, kept, draws) for draws in _block_draws(seed, purpose, positions, grid)])

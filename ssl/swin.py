@@ -22,13 +22,14 @@ from torch.nn import functional as F
 
 from .attention import attend, relative_bias
 from .encoder import Encoder
+from .errors import InputError
 from .masking import Masking, MaskSampler, Packing
 from .packing import WindowLayout, WindowPacker, unit_order
 from .strategies import Strategy
 from .tiling import check_windows
 
 TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
-MISFITS = 0.02  # share of masks that a stage may fail to lay out; they are drawn again
+MISFITS = 0.02  # share of masks that may not fit one layout, of four to eight; they are drawn again
 
 
 class Groups(NamedTuple):
@@ -62,7 +63,7 @@ class SwinEncoder(Encoder):
             (_blocks(swin, s)[0].norm1.normalized_shape[0], 4 ** (levels - s)) for s in range(levels + 1)
         ]
         row, column = unit_order(levels)
-        self.register_buffer("unit_order", torch.from_numpy(row * 2**levels + column), persistent=False)
+        self.register_buffer("order_in_unit", torch.from_numpy(row * 2**levels + column), persistent=False)
         used = [[self._layout(stage, block) for block in _blocks(swin, stage)] for stage in range(levels + 1)]
         self.layouts = tuple(dict.fromkeys(layout for stage in used for layout in stage))
         self.layout_numbers = [[self.layouts.index(layout) for layout in stage] for stage in used]  # of every block
@@ -96,7 +97,9 @@ class SwinEncoder(Encoder):
         hidden = masking.is_masked.view(-1, *self.grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
         x = swin.patch_embed(images)  # [B, h, w, T]
         x = torch.where(hidden[:, :, :, None], mask_token.to(x.dtype), x)
-        return swin.norm(swin.layers(x)).flatten(1, 2)
+        for stage in swin.layers:
+            x = stage.blocks(self._residual(stage.downsample(x), images))
+        return swin.norm(x).flatten(1, 2)
 
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last normalized."""
@@ -108,8 +111,7 @@ class SwinEncoder(Encoder):
                 b, _, d = x.shape
                 squares = x.reshape(-1, 2, 2, d).transpose(1, 2)  # columns come first in the order of a unit
                 x = stage.downsample(squares).view(b, -1, 2 * d)
-            # In bf16 autocast norms return bf16 on a CPU; the sum over blocks is kept in the images' precision.
-            x = x.to(torch.promote_types(images.dtype, torch.float32))
+            x = self._residual(x, images)
             now: Groups | None = None  # the arrangement that x is in; None: the tokens' own order
             for block, layout in zip(stage.blocks, self.layout_numbers[number], strict=True):
                 wanted = groups[layout]
@@ -119,14 +121,21 @@ class SwinEncoder(Encoder):
             found.append(x)
         return [*found[:-1], swin.norm(found[-1])]
 
+    @staticmethod
+    def _residual(x: Tensor, images: Tensor) -> Tensor:
+        """Returns `x` in full precision: on a CPU norms return bf16 in autocast, and sums over blocks would too."""
+        return x.to(torch.promote_types(images.dtype, torch.float32))
+
     def _embed(self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"]) -> Float[Tensor, "B KT E"]:
         """Returns the patch embeddings of the kept units, which are embedded as small images."""
         patch_embed = self.timm.patch_embed
         (b, c), u, (h, w) = images.shape[:2], self.unit_size, self.grid
+        if tuple(images.shape[2:]) != self.img_size:
+            raise InputError(f"images of {tuple(images.shape[2:])} pixels given to an encoder for {self.img_size}")
         units = images.reshape(b, c, h, u, w, u).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, u, u]
         image = torch.arange(b, device=images.device)[:, None]
         kept = units[image, ids_keep // w, ids_keep % w].flatten(0, 1)  # [B*K, C, u, u]
-        x = patch_embed.proj(kept).flatten(2).transpose(1, 2)[:, self.unit_order]  # [B*K, T, E]
+        x = patch_embed.proj(kept).flatten(2).transpose(1, 2)[:, self.order_in_unit]  # [B*K, T, E]
         return patch_embed.norm(x).view(b, -1, x.shape[2])
 
     def _arrange(self, masking: Masking) -> list[Groups]:
@@ -150,13 +159,20 @@ class SwinEncoder(Encoder):
         return Packing(starts, packer.shapes, torch.zeros(len(visible), dtype=torch.long))
 
     def mask_sampler(
-        self, mask_ratio: float, *, strategy: Strategy = "random", mask_unit: int | None = None
+        self,
+        mask_ratio: float,
+        *,
+        strategy: Strategy = "random",
+        mask_unit: int | None = None,
+        encode_masked: bool = False,
     ) -> MaskSampler:
-        """Returns what draws masks, and packings in shapes that hold 98 or 99 of 100 masks; the others are redrawn."""
+        """Returns what draws masks, with packings in shapes that hold 95 or more of 100; the others are redrawn."""
+        plain = super().mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
+        if encode_masked:  # all tokens are encoded: nothing to pack, so no mask is refused
+            return plain
         key = (mask_ratio, strategy, mask_unit)
         if key not in self.samplers:
-            plain = super().mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
-            trials = min(1000, max(100, TRIAL_UNITS // plain.num_units))
+            trials = min(1000, max(300, TRIAL_UNITS // plain.num_units))
             trials = trials if plain.num_keep < plain.num_units else 1  # with nothing hidden there is one mask
             visible = ~plain.sample(0, np.arange(trials)).is_masked.numpy()
             packer = WindowPacker.for_masks(self.layouts, visible, misfits=MISFITS)
@@ -233,6 +249,7 @@ def _attention(attn: Any, x: Float[Tensor, "B S E"], groups: Groups) -> Float[Te
         table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
         q = F.normalize(q, dim=-1) * attn.logit_scale.clamp(max=math.log(100.0)).exp()
         k = F.normalize(k, dim=-1)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # scales and norms are of full precision, the kernel is chosen by q's
     else:
         table, scale = attn.relative_position_bias_table, attn.scale
     bias = relative_bias(table, groups.pairs, groups.places, attn.relative_position_index, q.dtype)

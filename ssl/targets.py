@@ -81,11 +81,11 @@ class PCATarget(PixelTarget):
 
     def fit(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> None:
         """Sets the components to those of all units of the images, largest variance first."""
-        count, total, products = 0, 0.0, 0.0
+        pixels = len(self.mean)
+        count, total, products = 0, torch.zeros(pixels).double(), torch.zeros(pixels, pixels).double()
         for images in batches:
-            x = patchify(images, self.unit_size).flatten(0, 1).double()
+            x = patchify(images, self.unit_size).flatten(0, 1).double().cpu()
             count, total, products = count + len(x), total + x.sum(dim=0), products + x.t() @ x
-        assert isinstance(total, Tensor) and isinstance(products, Tensor)
         mean = total / count
         vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean)).eigenvectors  # smallest first
         self.mean.copy_(mean)
@@ -106,10 +106,11 @@ class PCATarget(PixelTarget):
 
 
 class HOGTarget(PixelTarget):
-    """Histograms of oriented gradients (Dalal & Triggs 2005), as MaskFeat predicts (Wei et al. 2022, section 3.1).
+    """Histograms of oriented gradients (Dalal & Triggs 2005), in the shape that MaskFeat predicts (Wei et al. 2022).
 
     A cell of 8 x 8 pixels (or a smaller unit) has a histogram of 9 unsigned orientations for each channel, weighted by
-    the gradient and L2-normalized.
+    the gradient and L2-normalized. Differs from MaskFeat: gradients are plain central differences, unsmoothed, and
+    pixels of a cell weigh the same wherever they are.
     """
 
     BINS = 9
@@ -129,11 +130,9 @@ class HOGTarget(PixelTarget):
         dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
         angle = torch.atan2(dx, dy) / torch.pi % 1.0  # [0, 1): opposite directions are one orientation
         orientation = (angle * self.BINS).long().clamp(max=self.BINS - 1)
-        strength = torch.zeros(*images.shape, self.BINS, dtype=images.dtype, device=images.device)
-        strength.scatter_(4, orientation[..., None], torch.hypot(dx, dy)[..., None])
-        maps = strength.permute(0, 1, 4, 2, 3).flatten(1, 2)  # [B, C * bins, H, W]
-        cells = F.avg_pool2d(maps, self.cell)
-        cells = F.normalize(cells.unflatten(1, (-1, self.BINS)), dim=2).flatten(1, 2)
+        strength = torch.hypot(dx, dy)
+        bins = [F.avg_pool2d(strength * (orientation == bin), self.cell) for bin in range(self.BINS)]
+        cells = F.normalize(torch.stack(bins, dim=2), dim=2).flatten(1, 2)  # [B, C * bins, H / cell, W / cell]
         return gather_units(patchify(cells, self.unit_size // self.cell), ids)
 
     def to_pixels(

@@ -78,9 +78,11 @@ class ViTEncoder(Encoder):
         return {"pos_embed"}
 
     def train_positions(self, trained: bool) -> None:
-        """Includes the positions in training, or not."""
+        """Includes the positions in training, or not. Raises InputError if there are none to train."""
         if self.timm.pos_embed is not None:
             self.timm.pos_embed.requires_grad_(trained)
+        elif trained:
+            raise InputError("train_positions: the encoder has no absolute positions")
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -106,7 +108,7 @@ class ViTEncoder(Encoder):
         """
         vit = self.timm
         if vit.pos_embed is None:
-            raise InputError(f"positions {kind}: the encoder was made without (pos_embed: none)")
+            raise InputError(f"positions {kind}: the encoder was made without absolute positions")
         if kind == "learned":
             nn.init.trunc_normal_(vit.pos_embed, std=0.02)
         else:

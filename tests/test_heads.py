@@ -316,3 +316,16 @@ def test_a_swins_merging_learns_like_the_block_before_it():
     assert scales[merging] == scales[before] == pytest.approx(0.5**5)
     assert scales[model.patch_embed.proj.weight] == pytest.approx(0.5**9)
     assert scales[model.norm.weight] == scales[model.head.fc.weight] == 1.0
+
+
+def test_learned_rotations_learn_with_the_positions_and_are_never_decayed():
+    name, args = "vit_small_patch16_rope_mixed_ape_224", {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    classifier, _, _ = build_classifier(
+        ModelSpec(name, args, (0.5,) * 3, (0.5,) * 3), None, num_classes=3, pool="avg", drop_path=0.0
+    )
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    groups = layer_decay_groups(classifier, FinetuneOptimConfig(layer_decay=0.5))
+    found = {names[p]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    rotations = [name for name in found if name.startswith("rope.")]
+    assert rotations and all(found[name] == found["pos_embed"] == (0.5**3, 0.0) for name in rotations)
+    assert set(rotations) <= build_encoder(name, **args).no_weight_decay

@@ -61,3 +61,10 @@ def test_a_ratio_that_hides_everything_is_refused_with_one_that_does_not():
 def test_noise_of_another_shape_is_refused():
     with pytest.raises(InputError, match="noise has shape"):
         random_masking(2, 9, 0.5, noise=torch.rand(2, 8))
+
+
+@pytest.mark.parametrize("units", [4, 10, 16, 49, 64, 196])
+def test_the_ratio_that_a_refusal_names_works(units):
+    with pytest.raises(InputError) as refusal:
+        num_keep(units, 0.999)
+    assert num_keep(units, float(str(refusal.value).rpartition(" ")[2])) == 1

@@ -17,9 +17,10 @@ from timm.layers import DropPath
 from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
+from quarterlight.ssl.attention import attend
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.masking import Masking, random_masking
+from quarterlight.ssl.masking import Masking, MaskSampler, random_masking
 from quarterlight.ssl.packing import unit_order
 from quarterlight.ssl.swin import SwinEncoder
 
@@ -447,3 +448,73 @@ def test_redrawn_masks_encode_like_any_other():
     with torch.no_grad():
         wanted = of_kept(reference.forward_features(images).flatten(1, 2), masking)
         torch.testing.assert_close(encoder(images, masking), wanted, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_in_bf16_on_a_cpu_attention_runs_in_bf16_by_the_faster_kernel(name, monkeypatch):
+    encoder = build_encoder(name, img_size=128, **({"window_size": 4} if "v2" not in name else {}), **NARROW)
+    seen = []
+
+    def spy(q, k, v, bias, **options):
+        seen.append({x.dtype for x in (q, k, v, bias)})
+        return attend(q, k, v, bias, **options)
+
+    monkeypatch.setattr("quarterlight.ssl.swin.attend", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(torch.randn(2, 3, 128, 128), encoder.sample_masking(2))
+    assert len(seen) == sum(len(stage.blocks) for stage in encoder.timm.layers)
+    assert all(types == {torch.bfloat16} for types in seen)
+
+
+def test_with_mask_tokens_the_residual_stream_stays_in_full_precision_too():
+    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=128, window_size=4, **NARROW)
+    types = []
+    for stage in encoder.timm.layers:
+        for block in stage.blocks:
+            block.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        token = torch.zeros(encoder.mask_token_dim)
+        encoder(torch.randn(2, 3, 128, 128), encoder.sample_masking(2), token)
+    assert types and set(types) == {torch.float32}
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(224, 0.75), (224, 0.5), (448, 0.75)])
+def test_few_masks_are_drawn_again(size, ratio):
+    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=size, **NARROW)
+    masking = encoder.mask_sampler(ratio).sample(1, np.arange(2000))
+    assert (masking.packing.redraws > 0).float().mean() < 0.06
+
+
+def test_where_all_tokens_are_encoded_masks_are_the_plain_ones():
+    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=192, window_size=6, **NARROW)
+    masking = encoder.mask_sampler(0.6, encode_masked=True).sample(3, np.arange(1000))
+    plain = MaskSampler(encoder.grid, 0.6).sample(3, np.arange(1000))
+    assert masking.packing is None and torch.equal(masking.ids_keep, plain.ids_keep)
+
+
+def test_images_of_another_size_are_refused_by_name():
+    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=128, window_size=4, **NARROW)
+    with pytest.raises(InputError, match=r"\(64, 64\) pixels given to an encoder for \(128, 128\)"):
+        encoder(torch.randn(2, 3, 64, 64), encoder.sample_masking(2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_a_step_on_a_gpu_agrees_with_the_cpu(name, dtype):
+    encoder = build_encoder(name, img_size=128, **({"window_size": 4} if "v2" not in name else {}), **NARROW)
+    images, masking = torch.randn(4, 3, 128, 128), encoder.sample_masking(4)
+    wanted = encoder(images, masking)
+    wanted.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    encoder.cuda()
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(masking)
+    with torch.autocast("cuda", dtype):
+        tokens = encoder(images.cuda(), pinned.to("cuda", non_blocking=True))
+    tokens.float().square().mean().backward()
+    torch.testing.assert_close(tokens.float().cpu(), wanted, rtol=0.1, atol=0.1)
+    for name, parameter in encoder.named_parameters():
+        if name in gradients:
+            error = (parameter.grad.cpu() - gradients[name]).norm() / gradients[name].norm().clamp_min(1e-6)
+            assert error < 0.1, name

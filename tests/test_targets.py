@@ -322,3 +322,16 @@ def test_nothing_of_the_target_is_trained(name):
     assert before.keys() == after.keys() == ({"mean", "components"} if name == "pca" else set())
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(buffer.requires_grad for buffer in model.target.buffers())
+
+
+@pytest.mark.parametrize("name", ["pixels", "norm_pix", "pca", "hog"])
+def test_in_autocast_the_loss_is_of_full_precision_targets(name):
+    model = build_autoencoder("vit_tiny_patch16_224", img_size=32, depth=1, target=name)
+    images, masking = torch.randn(2, 3, 32, 32), model.encoder.sample_masking(2, 0.5)
+    if name == "pca":
+        model.target.fit([images])
+    prediction = torch.randn(2, 2, model.target.num_values)
+    plain = model.loss(images, prediction, masking.ids_masked)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(images, prediction, masking.ids_masked)
+    assert loss.dtype == torch.float32 and torch.equal(loss, plain)
