@@ -32,6 +32,7 @@ from quarterlight.ssl.masking import random_masking
 VITS = {"vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}  # width, blocks, heads
 SWINS = {"swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]), "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32])}
 OURS = "ours"
+MEMORY = ("peak", "peak_each_more", "saved_each_more")
 LEGEND = """\
 `x ours`: step time over that of `ours` in the same round, median. `peak`: memory of forward and backward pass beyond
 weights, gradients and optimizer state. `each more`: what one more image in the batch adds to it, so without what does
@@ -178,12 +179,14 @@ def memory(comparison: str, name: str, given: argparse.Namespace) -> dict[str, f
 
 
 def measure(comparison: str, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns memory and step times of each contestant."""
+    """Returns memory, unless it is not wanted, and step times of each contestant."""
     figures, steps = {}, {}
     images = torch.randn(given.batch_size, 3, 224, 224).to(given.device)
     for name, build in contestants(comparison).items():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            figures[name] = pool.submit(memory, comparison, name, given).result()
+        figures[name] = {}
+        if not given.no_memory:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                figures[name] = pool.submit(memory, comparison, name, given).result()
         contestant = build()
         masks = [contestant.draw(given.batch_size, seed).to(given.device) for seed in range(WARMUP + given.rounds)]
         _, step = prepare(contestant, given)
@@ -199,24 +202,21 @@ def ratio(figures: dict[str, dict[str, Any]], a: str, b: str) -> float:
 
 
 def headlines(comparison: str, figures: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Returns the ratios that are quoted, against the better of transformers' attention implementations in each."""
-    theirs = [name for name in figures if name.startswith("HF")]
-    faster, leaner, mode = "HF SimMIM", "HF SimMIM", "SimMIM mode"
-    if comparison in VITS:
-        faster, leaner, mode = "the faster HF setting", "the leaner HF setting", "cross third"
+    """Returns the ratios that are quoted: of our two modes to each of the others."""
     found = {}
-    for name, label in zip(figures, (comparison, f"{comparison} {mode}"), strict=False):  # ours come first
-        found[f"{label}: step rate vs {faster}"] = min(ratio(figures, hf, name) for hf in theirs)
-        found[f"{label}: step rate vs timm dense"] = ratio(figures, "timm dense", name)
-        for key, words in ("peak", "activation memory"), ("peak_each_more", "activation memory of one more image"):
-            found[f"{label}: {words} vs {leaner}"] = figures[name][key] / min(figures[hf][key] for hf in theirs)
+    for mode in list(figures)[:2]:  # ours come first
+        for other in list(figures)[2:]:
+            found[f"{comparison} {mode}: step rate vs {other}"] = ratio(figures, other, mode)
+            for key, words in ("peak", "activation memory"), ("peak_each_more", "activation memory of one more image"):
+                if key in figures[mode]:
+                    found[f"{comparison} {mode}: {words} vs {other}"] = figures[mode][key] / figures[other][key]
     return {key: round(value, 3) for key, value in found.items()}
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
     lines = ["| | ms a step | x ours | peak, MiB an image | each more | saved |", "|---|---|---|---|---|---|"]
     for name, x in figures.items():
-        sizes = " | ".join(f"{x[key]:.1f}" for key in ("peak", "peak_each_more", "saved_each_more"))
+        sizes = " | ".join(f"{x[key]:.1f}" if key in x else "" for key in MEMORY)
         lines.append(f"| {name} | {x['ms']:.1f} | {ratio(figures, name, OURS):.2f} | {sizes} |")
     return "\n".join(lines)
 
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help=f"after {WARMUP} of warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
+    parser.add_argument("--no_memory", action="store_true", help="step times only: memory takes most of the time")
     parser.add_argument("--out", type=Path, help="a markdown file for the tables")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
