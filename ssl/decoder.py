@@ -32,6 +32,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, encoder: Encoder, *, num_values: int, encode_masked: bool) -> None:
         super().__init__()
+        if config.embed_dim % 4:
+            raise InputError(f"decoder.embed_dim {config.embed_dim} is not a multiple of 4, as its positions need")
         if config.embed_dim % config.num_heads:
             raise InputError(
                 f"decoder.embed_dim {config.embed_dim} is not a multiple of decoder.num_heads {config.num_heads}"

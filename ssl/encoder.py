@@ -85,10 +85,15 @@ class Encoder(nn.Module):
             raise InputError(f"mask.unit {mask_unit} is not a multiple of the encoder's {unit} pixels: use {sizes}")
         if any(side % mask_unit for side in self.img_size):
             height, width = self.img_size
-            sizes = [u for u in range(unit, min(height, width) + 1, unit) if not height % u and not width % u]
+            sizes = [u for u in range(unit, min(height, width), unit) if not height % u and not width % u]
             raise InputError(
                 f"mask.unit {mask_unit} does not divide the image of {height} x {width} pixels: use one of "
                 f"{', '.join(map(str, sizes))}"
+            )
+        if self.img_size == (mask_unit, mask_unit):
+            raise InputError(
+                f"an image of {mask_unit} x {mask_unit} pixels is one unit, hidden as a whole or not: use larger images"
+                + (" or a smaller mask.unit" if mask_unit > unit else "")
             )
         return MaskSampler(self.grid, mask_ratio, strategy, mask_unit // unit)
 
@@ -110,7 +115,9 @@ class Encoder(nn.Module):
 
     def set_positions(self, kind: Literal["sincos", "learned"]) -> None:
         """Starts absolute positions anew. Raises InputError for a model that has none."""
-        raise InputError(f"positions {kind}: a {type(self.timm).__name__} has no absolute positions")
+        raise InputError(
+            f"positions {kind}: a {type(self.timm).__name__} has no absolute positions; leave positions null"
+        )
 
     def train_positions(self, trained: bool) -> None:
         """Includes absolute positions in training, or not. Raises InputError if there are none to train."""

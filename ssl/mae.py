@@ -11,6 +11,7 @@ from .config import DecoderConfig
 from .decoder import build_decoder
 from .encoder import Encoder
 from .encoders import build_encoder
+from .errors import InputError
 from .masking import Masking, gather_units
 from .targets import PixelTarget, TargetName, build_target
 
@@ -59,6 +60,11 @@ class MaskedAutoencoder(nn.Module):
         `only_scored` is a training step's way: it predicts nothing but the share `pred_share` of the masked units that
         the loss is of (the first in shuffle order, so a random part), and returns those predictions.
         """
+        if masking.ids_restore.shape != (len(images), self.encoder.num_units):
+            raise InputError(
+                f"masks are for {tuple(masking.ids_restore.shape)} (images, units) and there are "
+                f"{(len(images), self.encoder.num_units)}: draw them by encoder.sample_masking"
+            )
         if self.multi_scale:
             tokens: Tensor | list[Tensor] = self.encoder.stages(images, masking)
         elif self.mask_token is not None:

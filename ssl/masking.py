@@ -58,11 +58,11 @@ def num_keep(num_units: int, mask_ratio: float) -> int:
     Raises InputError unless 0 <= mask_ratio < 1 and at least one unit is kept.
     """
     if not 0 <= mask_ratio < 1:
-        raise InputError(f"mask ratio {mask_ratio} is not in [0, 1): it is the share of units that is hidden")
+        raise InputError(f"mask.ratio {mask_ratio} is not in [0, 1): it is the share of units that is hidden")
     kept = int(num_units * (1 - mask_ratio))
     if kept == 0:
         most = next(thousandths for thousandths in range(999, -1, -1) if int(num_units * (1 - thousandths / 1000)))
-        raise InputError(f"mask ratio {mask_ratio} hides all {num_units} units: use at most {most / 1000:.3f}")
+        raise InputError(f"mask.ratio {mask_ratio} hides all {num_units} units: use at most {most / 1000:.3f}")
     return kept
 
 

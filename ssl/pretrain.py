@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig) -> Figures:
     )
     if masks.num_keep == encoder.num_units:
         raise InputError(
-            f"mask.ratio {config.mask.ratio} hides none of the {encoder.num_units} patches, so there is nothing to "
+            f"mask.ratio {config.mask.ratio} hides none of the {encoder.num_units} units, so there is nothing to "
             f"predict: use at least {masks.block**2 / encoder.num_units:.3f}"
         )
     ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
@@ -104,6 +104,8 @@ def pretrain(config: PretrainConfig) -> Figures:
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
         print(f"{report}\n{len(ids)} images, {total_steps} steps of {config.batch_size}", flush=True)
+        if statistics_images:
+            print(f"batch norms are measured on {STATISTICS_IMAGES} whole images before every export", flush=True)
     if isinstance(autoencoder.target, PCATarget):
         _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
     painter = Painter(config, task, masks, opened.val or opened.train, accelerator)
@@ -128,6 +130,8 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
         if config.positions == "none" and "pos_embed" in str(error):
             raise InputError(f"positions none: {spec.name} has no absolute positions to leave out") from error
         raise
+    if config.positions == "learned" and config.train_positions is False:
+        raise InputError("positions learned with train_positions false would stay random: leave train_positions null")
     if config.positions in ("sincos", "learned"):
         encoder.set_positions(config.positions)
     trained = config.positions == "learned" if config.train_positions is None else config.train_positions

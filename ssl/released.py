@@ -24,6 +24,13 @@ from .patches import pair
 
 # A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
 HEAD = ("head.", "fc_norm.")
+PARAMETERS = (".weight", ".bias")
+# What a stage decides, or --init; encoder.args would change what is exported without a word.
+NOT_OF_AN_ENCODER = {
+    "pretrained": "give --init NAME to start from timm's weights",
+    "num_classes": "an encoder has no classes; fine-tuning takes num_classes",
+    "global_pool": "an encoder has no pooling; fine-tuning takes pool",
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,8 @@ def encoder_spec(config: EncoderConfig, data: DataConfig, weights: Weights | Non
         raise InputError(
             f"encoder.img_size is {config.img_size} and data.img_size is {data.img_size}: give one of them"
         )
+    for key in NOT_OF_AN_ENCODER.keys() & config.args.keys():
+        raise InputError(f"encoder.args.{key}: {NOT_OF_AN_ENCODER[key]}")
     args = {**(known.args if known and known.name == name else {}), **config.args}
     if sizes:
         args["img_size"] = list(sizes.pop())
@@ -178,8 +187,8 @@ def load_weights(model: Any, weights: Weights) -> str:
     tables = _resized_tables(model, weights, wanted)
     given |= tables
     note += f"; {len(tables)} tables of relative positions resized" if tables else ""
-    matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
     unused = sorted(name for name in given.keys() - wanted.keys())
+    matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
     if len(matched) < len(wanted):
         missing = [
             f"{name} {'is missing' if name not in given else f'is {list(given[name].shape)}, not {list(x.shape)}'}"
@@ -190,6 +199,12 @@ def load_weights(model: Any, weights: Weights) -> str:
             f"init {weights.source}: {len(missing)} of the encoder's {len(wanted)} tensors did not load "
             f"({'; '.join(missing[:3])}{'; ...' if len(missing) > 3 else ''}): these weights are of another model; "
             "give the encoder.name and encoder.args they were made with"
+        )
+    foreign = [x for x in unused if x.startswith(("blocks.", "layers.")) and x.endswith(PARAMETERS)]
+    if foreign:
+        raise InputError(
+            f"init {weights.source}: has {len(foreign)} tensors of blocks that the encoder lacks ({foreign[0]}, ...): "
+            "give the encoder.args it was made with"
         )
     model.load_state_dict(matched, strict=False)
     note += f"; not used: {', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}" if unused else ""
@@ -217,7 +232,7 @@ def _resized_tables(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> 
         if (2 * window[0] - 1) * (2 * window[1] - 1) != len(table):
             raise InputError(
                 f"init {weights.source}: {name} has {len(table)} rows, which is no square window, and the weights do "
-                "not say which it is: give encoder.args {window_size: ...} as they were trained"
+                "not say which it is: give encoder.args.window_size as they were trained"
             )
         if pair(window) != pair(new):
             with warnings.catch_warnings():

@@ -66,8 +66,8 @@ class PCATarget(PixelTarget):
         pixels, self.num_values = self.num_values, num_components
         if num_components > pixels:
             raise InputError(f"pca_components is {num_components}, and a unit has {pixels} values: give at most those")
-        self.register_buffer("mean", torch.zeros(pixels))
-        self.register_buffer("components", torch.zeros(num_components, pixels))
+        self.register_buffer("mean", torch.full((pixels,), torch.nan))  # until fitted: a loss then says so
+        self.register_buffer("components", torch.full((num_components, pixels), torch.nan))
 
     def forward(self, images: Float[Tensor, "B C H W"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
         """Returns the coefficients of each unit, not whitened: the first ones are the largest."""
@@ -81,7 +81,7 @@ class PCATarget(PixelTarget):
 
     def fit(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> None:
         """Sets the components to those of all units of the images, largest variance first."""
-        pixels = len(self.mean)
+        pixels = self.mean.numel()
         count, total, products = 0, torch.zeros(pixels).double(), torch.zeros(pixels, pixels).double()
         for images in batches:
             x = patchify(images, self.unit_size).flatten(0, 1).double().cpu()
@@ -120,7 +120,9 @@ class HOGTarget(PixelTarget):
         super().__init__(unit_size, in_chans)
         self.cell = min(self.CELL, unit_size)
         if unit_size % self.cell:
-            raise InputError(f"target hog needs units of a multiple of {self.CELL} pixels, not {unit_size}")
+            raise InputError(
+                f"target hog needs units of at most {self.CELL} pixels, or a multiple, not {unit_size}: take pixels"
+            )
         self.num_values = (unit_size // self.cell) ** 2 * in_chans * self.BINS
 
     def forward(self, images: Float[Tensor, "B C H W"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:

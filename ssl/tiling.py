@@ -26,13 +26,14 @@ def check_windows(swin: Any) -> None:
         if stage >= 0:
             tokens = side * 2 ** (stages - 1 - stage) // unit
             what = f"makes {tokens} tokens in stage {stage + 1}, which windows of {sides[stage]} do not tile"
-        fits = [x for x in range(unit, 3 * max(side, unit), unit) if _first_untiled(x, unit, sides, partition) is None]
+        far = max(3 * side, unit * max(sides))  # windows tile a unit of as many pixels as they have tokens
+        fits = [x for x in range(unit, far + 1, unit) if _first_untiled(x, unit, sides, partition) is None]
         near = [x for x in fits if x < side][-1:] + [x for x in fits if x > side][:1]
         ways = [f"{' or '.join(map(str, near))} pixels"] if near else []
         others = _windows_that_tile(size, unit, stages, partition, wanted=sides[0])
         if others:
             more = f" (or {', '.join(map(str, others[1:]))})" if others[1:] else ""
-            ways.append(f"encoder.args {{window_size: {others[0]}}}{more}")
+            ways.append(f"--encoder.args.window_size {others[0]}{more}")
         raise InputError(f"image {name} {side} {what}" + (f": use {', or '.join(ways)}" if ways else ""))
 
 

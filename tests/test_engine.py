@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, ca
         ("data.crop_pct", "0", "data.crop_pct is 0.0: it must be above 0 and at most 1"),
         ("data.crop_scale", "[1.0,0.2]", "the smallest comes first"),
         ("data.auto_augment", "nonsense", "timm has no such policy"),
-        ("mask.ratio", "0", "hides none of the 16 patches"),
+        ("mask.ratio", "0", "hides none of the 16 units"),
         ("data.val", "nowhere/*.tar", "nowhere/*.tar matches no file"),
     ],
 )

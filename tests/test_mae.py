@@ -5,6 +5,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from quarterlight.ssl.config import DecoderConfig
+from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
 from quarterlight.ssl.masking import num_keep, random_masking
 from quarterlight.ssl.patches import patchify
@@ -146,3 +147,9 @@ def test_training_lowers_the_loss(norm_pix):
 
 def test_num_keep_rounds_as_mae_does():
     assert [num_keep(196, 0.75), num_keep(196, 0.6), num_keep(196, 0.9), num_keep(49, 0.75)] == [49, 78, 19, 12]
+
+
+def test_masks_for_other_units_are_refused():
+    model = build_autoencoder("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1)
+    with pytest.raises(InputError, match=r"masks are for \(2, 49\) .* there are \(2, 16\)"):
+        model(torch.randn(2, 3, 32, 32), random_masking(2, 49, 0.75))

@@ -49,7 +49,7 @@ def test_nothing_hidden_keeps_every_unit():
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
 def test_ratios_outside_the_range_are_refused(ratio):
-    with pytest.raises(InputError, match="mask ratio"):
+    with pytest.raises(InputError, match="mask.ratio"):
         num_keep(16, ratio)
 
 

@@ -168,7 +168,7 @@ def test_bf16_runs_work(shards, tmp_path, launch):
         ({"run_dir": "/proc/quarterlight"}, "/proc/quarterlight"),
         ({"mask.unit": "6"}, "mask.unit 6 is not a multiple of the encoder's 4 pixels: use 4 or 8"),
         ({"mask.strategy": "blocks"}, "mask.strategy"),
-        ({"mask.ratio": "0"}, "hides none of the 16 patches"),
+        ({"mask.ratio": "0"}, "hides none of the 16 units"),
         ({"target": "pca"}, "pca_components is 96, and a unit has 48 values: give at most those"),
         ({"target": "hog", "data.img_size": "24", "encoder.args": "{patch_size: 12, depth: 1}"}, "not 12"),
         ({"decoder.name": "linear"}, "set encode_masked true"),

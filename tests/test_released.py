@@ -403,3 +403,18 @@ def test_without_weights_the_encoder_has_maes_initial_ones():
     assert torch.equal(encoder.timm.pos_embed[0, 0], torch.zeros(48))
     bound = (6 / (48 + 144)) ** 0.5
     assert 0.95 * bound < float(encoder.timm.blocks[0].attn.qkv.weight.detach().abs().max()) <= bound
+
+
+def test_weights_of_a_deeper_model_are_refused():
+    spec = ModelSpec("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, (0.5,) * 3, (0.5,) * 3)
+    deeper, _ = load_encoder(spec, None)
+    shallower = ModelSpec(spec.name, spec.args | {"depth": 1}, spec.mean, spec.std)
+    with pytest.raises(InputError, match=r"12 tensors of blocks that the encoder lacks \(blocks.1.attn.*encoder.args"):
+        load_encoder(shallower, Weights("deeper", dict(deeper.timm.state_dict()), spec))
+
+
+@pytest.mark.parametrize("key", ["pretrained", "num_classes", "global_pool"])
+def test_arguments_that_are_not_an_encoders_are_refused(key):
+    config = EncoderConfig(name="vit_tiny_patch16_224", args={key: 1})
+    with pytest.raises(InputError, match=f"encoder.args.{key}: .*(--init|fine-tuning takes)"):
+        encoder_spec(config, DataConfig(train="x.tar"), None)

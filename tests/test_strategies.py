@@ -274,3 +274,10 @@ def test_masked_ids_of_noise_and_of_nothing_masked():
     masking = random_masking(2, 5, 0.6, noise=torch.tensor([[0.5, 0.1, 0.9, 0.3, 0.7], [0.1, 0.2, 0.3, 0.4, 0.5]]))
     assert masking.ids_masked.tolist() == [[0, 4, 2], [2, 3, 4]]
     assert random_masking(2, 9, 0.0).ids_masked.shape == (2, 0)
+
+
+@pytest.mark.parametrize(("mask_unit", "said"), [(None, "use larger images$"), (32, "or a smaller mask.unit")])
+def test_an_image_of_one_unit_is_refused(mask_unit, said):
+    encoder = build_encoder("vit_tiny_patch16_224", img_size=32, patch_size=16 if mask_unit else 32, depth=1)
+    with pytest.raises(InputError, match=f"32 x 32 pixels is one unit.*{said}"):
+        encoder.mask_sampler(0.75, mask_unit=mask_unit)

@@ -352,9 +352,9 @@ def test_drop_path_drops_branches_of_whole_images(name):
         (
             SWIN,
             {"img_size": 192},
-            "192 makes 48 tokens in stage 1.* windows of 7 .*: use 224 pixels, or .*window_size: 6}",
+            "192 makes 48 tokens in stage 1.* windows of 7 .*: use 224 pixels, or .*window_size 6",
         ),
-        (SWIN, {"img_size": 288}, "image height 288 .* windows of 7 .*: use 224 or 448 pixels, .*window_size: 9}"),
+        (SWIN, {"img_size": 288}, "image height 288 .* windows of 7 .*: use 224 or 448 pixels, .*window_size 9"),
         (
             SWIN,
             {"img_size": 230},
