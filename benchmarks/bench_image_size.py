@@ -42,8 +42,10 @@ STYLES = {"ViT-S/16": ("#D55E00", "o"), "Swin-T": ("#0072B2", "s")}  # two that 
 def interleaved(steps: dict[Any, Callable[[int], object]], rounds: int, device: str) -> dict[Any, list[float]]:
     """Returns the seconds that each step, a function of the round, took in every round after the warm-up.
 
-    Each round takes every step once and begins with another, so that noise from outside meets all alike.
+    Each round takes every step once and begins with another, so that noise from outside meets all alike. On one thread
+    of a CPU it is the time of the process, which neighbors do not lengthen.
     """
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -51,11 +53,11 @@ def interleaved(steps: dict[Any, Callable[[int], object]], rounds: int, device: 
         first = r % len(names)
         for name in names[first:] + names[:first]:
             wait()
-            start = time.perf_counter()
+            start = clock()
             steps[name](r)
             wait()
             if r >= WARMUP:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -70,6 +72,7 @@ def measured_on(given: argparse.Namespace, *packages: str) -> str:
         hardware = f"{name} ({', '.join(flags) or 'no bf16 instructions'}), {given.threads} thread(s)"
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    hardware += ", CPU time" if given.device == "cpu" and given.threads == 1 else ""
     return f"{date.today()} · {hardware} · {versions} · precision {given.precision}\n\n`{command}`"
 
 
