@@ -304,7 +304,7 @@ def test_the_tokens_of_a_unit_stand_together_in_the_order_in_which_they_merge():
         ("swin", {"multi_scale": True, "name": "cross"}, True, "multi_scale is for visible units"),
         ("class token", {"num_heads": 3}, False, "decoder.embed_dim 16 is not a multiple of decoder.num_heads 3"),
         ("swin", {"num_heads": 5, "name": "cross"}, False, "embed_dim 16 is not a multiple of decoder.num_heads 5"),
-        ("class token", {"embed_dim": 18}, False, "multiple of 4, not 18"),
+        ("class token", {"embed_dim": 18}, False, "embed_dim 18 is not a multiple of 4"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(variant, change, encode_masked, said):
