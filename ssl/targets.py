@@ -121,7 +121,8 @@ class HOGTarget(PixelTarget):
         self.cell = min(self.CELL, unit_size)
         if unit_size % self.cell:
             raise InputError(
-                f"target hog needs units of at most {self.CELL} pixels, or a multiple, not {unit_size}: take pixels"
+                f"target hog needs units of up to {self.CELL} pixels or of a multiple of them, not {unit_size}: "
+                "take another target"
             )
         self.num_values = (unit_size // self.cell) ** 2 * in_chans * self.BINS
 
