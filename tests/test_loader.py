@@ -77,12 +77,14 @@ def batches_of(
 
 
 def same(a: Batch, b: Batch) -> bool:
-    tensors = [(a.images, b.images), (a.labels, b.labels), *zip(a.masking or (), b.masking or (), strict=True)]
+    masks = zip((a.masking or ())[:3], (b.masking or ())[:3], strict=True)  # a ViT's have no packing
+    tensors = [(a.images, b.images), (a.labels, b.labels), *masks]
     return all(torch.equal(x, y) for x, y in tensors) and a.keys == b.keys and a.bad == b.bad
 
 
 def joined(batches: list[Batch]) -> Batch:
-    masking = type(batches[0].masking)(*(torch.cat(parts) for parts in zip(*(b.masking for b in batches), strict=True)))
+    masks = zip(*(b.masking[:3] for b in batches), strict=True)
+    masking = type(batches[0].masking)(*(torch.cat(parts) for parts in masks))
     return Batch(
         torch.cat([b.images for b in batches]),
         torch.cat([b.labels for b in batches]),
