@@ -236,7 +236,7 @@ def test_a_batch_moves_as_a_whole(index):
     batch = samples_of(index).__getitems__((0, 2))
     assert same(batch.to(torch.device("cpu")), batch)
     moved = batch.to(torch.device("meta"))
-    assert {x.device.type for x in (moved.images, moved.labels, *moved.masking)} == {"meta"}
+    assert {x.device.type for x in (moved.images, moved.labels, *moved.masking[:3])} == {"meta"}
 
 
 # Damage.
