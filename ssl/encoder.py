@@ -72,7 +72,8 @@ class Encoder(nn.Module):
     ) -> MaskSampler:
         """Returns what draws masks for this encoder, in squares of `mask_unit` pixels (None: its own units).
 
-        `encode_masked` says that the encoder will see mask tokens instead of leaving hidden units out.
+        `encode_masked` says that the encoder will see mask tokens instead of leaving hidden units out: then there is
+        nothing to lay out, and no mask is refused for it.
 
         Raises InputError when the units of the masks do not consist of whole units of the encoder, or do not tile the
         image.
@@ -95,7 +96,12 @@ class Encoder(nn.Module):
                 f"an image of {mask_unit} x {mask_unit} pixels is one unit, hidden as a whole or not: use larger images"
                 + (" or a smaller mask.unit" if mask_unit > unit else "")
             )
-        return MaskSampler(self.grid, mask_ratio, strategy, mask_unit // unit)
+        plain = MaskSampler(self.grid, mask_ratio, strategy, mask_unit // unit)
+        return plain if encode_masked else self._packed(plain)
+
+    def _packed(self, plain: MaskSampler) -> MaskSampler:
+        """Returns a sampler whose masks come with what the encoder needs to leave hidden units out; here nothing."""
+        return plain
 
     def sample_masking(
         self,

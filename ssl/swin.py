@@ -10,6 +10,7 @@ has a mask of its own, where there one serves a whole batch, and plans are made 
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from .encoder import Encoder
 from .errors import InputError
 from .masking import Masking, MaskSampler, Packing
 from .packing import WindowLayout, WindowPacker, unit_order
-from .strategies import Strategy
 from .tiling import check_windows
 
 TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
@@ -68,7 +68,7 @@ class SwinEncoder(Encoder):
         self.layouts = tuple(dict.fromkeys(layout for stage in used for layout in stage))
         self.layout_numbers = [[self.layouts.index(layout) for layout in stage] for stage in used]  # of every block
         self.tables = nn.ModuleList(LayoutTables(layout) for layout in self.layouts)
-        self.samplers: dict[tuple, MaskSampler] = {}
+        self.samplers: dict[MaskSampler, MaskSampler] = {}  # without and with packings
         swin.head.requires_grad_(False)  # tokens do not pass it; DDP waits for every gradient
 
     @property
@@ -158,26 +158,15 @@ class SwinEncoder(Encoder):
         starts = torch.from_numpy(packer.pack(visible)[0]).to(masking.is_masked.device)
         return Packing(starts, packer.shapes, torch.zeros(len(visible), dtype=torch.long))
 
-    def mask_sampler(
-        self,
-        mask_ratio: float,
-        *,
-        strategy: Strategy = "random",
-        mask_unit: int | None = None,
-        encode_masked: bool = False,
-    ) -> MaskSampler:
-        """Returns what draws masks, with packings in shapes that hold 95 or more of 100; the others are redrawn."""
-        plain = super().mask_sampler(mask_ratio, strategy=strategy, mask_unit=mask_unit)
-        if encode_masked:  # all tokens are encoded: nothing to pack, so no mask is refused
-            return plain
-        key = (mask_ratio, strategy, mask_unit)
-        if key not in self.samplers:
+    def _packed(self, plain: MaskSampler) -> MaskSampler:
+        """Adds packings in shapes that hold 95 or more of 100 masks; the others are redrawn."""
+        if plain not in self.samplers:
             trials = min(1000, max(300, TRIAL_UNITS // plain.num_units))
             trials = trials if plain.num_keep < plain.num_units else 1  # with nothing hidden there is one mask
             visible = ~plain.sample(0, np.arange(trials)).is_masked.numpy()
             packer = WindowPacker.for_masks(self.layouts, visible, misfits=MISFITS)
-            self.samplers[key] = MaskSampler(plain.grid, mask_ratio, strategy, plain.block, packer)
-        return self.samplers[key]
+            self.samplers[plain] = replace(plain, packer=packer)
+        return self.samplers[plain]
 
 
 class LayoutTables(nn.Module):
