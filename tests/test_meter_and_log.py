@@ -149,10 +149,17 @@ def batch(num_bad: int = 0) -> Batch:
     return Batch(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), None, ["a", "b"], bad)
 
 
-def slow_batches(seconds: float) -> Iterator[Batch]:
-    while True:
-        time.sleep(seconds)
-        yield batch()
+class Clock:
+    """A perf_counter that only moves when told to: no test depends on how fast the machine is."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("quarterlight.ssl.meter.time.perf_counter", lambda: self.now)
+
+    def batches(self, seconds: float) -> Iterator[Batch]:
+        while True:
+            self.now += seconds
+            yield batch()
 
 
 def test_means_are_over_the_forward_passes_of_an_interval(accelerator):
@@ -189,24 +196,21 @@ def test_bad_samples_are_counted_since_the_start_of_the_process(accelerator):
     assert meter.read()["bad_samples"] == 5
 
 
-def test_rates_leave_pauses_out_and_count_the_wait_for_data(accelerator):
-    meter, started_at, waited_s = Meter(accelerator, 10), time.perf_counter(), 0.0
-    loader = slow_batches(0.05)
+def test_rates_leave_pauses_out_and_count_the_wait_for_data(accelerator, monkeypatch):
+    clock = Clock(monkeypatch)
+    meter, loader = Meter(accelerator, 10), clock.batches(0.5)
     for _ in range(3):
-        asked_at = time.perf_counter()
         meter.next_batch(loader)
-        waited_s += time.perf_counter() - asked_at
         meter.add(torch.tensor(1.0), {})
-        time.sleep(0.05)
+        clock.now += 1.5
         meter.steps += 1
-    worked_s = time.perf_counter() - started_at
-    paused_at = time.perf_counter()
-    time.sleep(0.5)
+    paused_at = clock.now
+    clock.now += 4
     meter.pause(paused_at)
     figures, remaining_s = meter.read(), meter.seconds_for(30)
-    assert figures["images_per_s"] == pytest.approx(30 / worked_s, rel=0.1)
-    assert figures["data_wait_pct"] == pytest.approx(100 * waited_s / worked_s, rel=0.1)
-    assert remaining_s == pytest.approx(10 * worked_s, rel=0.1)
+    assert figures["images_per_s"] == pytest.approx(30 / 6)
+    assert figures["data_wait_pct"] == pytest.approx(100 * 1.5 / 6)
+    assert remaining_s == pytest.approx(60)
     assert figures["memory_gb"] > 0.05
 
 
