@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
+from quarterlight.ssl.batches import Batch, refuse_unlabelled
 from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
 from quarterlight.ssl.engine import Figures, Hooks, Task, micro_batch_size, train
@@ -18,10 +19,10 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import ShardIndex, class_names
-from quarterlight.ssl.loader import Batch, EvalSpans, Samples, build_loader, refuse_unlabelled
+from quarterlight.ssl.loader import EvalSpans, build_loader
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_adamw, build_schedule
-from quarterlight.ssl.order import FileOrder, ShuffledOrder, labelled_subset
+from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.runs import write_run_files
 from quarterlight.ssl.stage import Opened, open_stage
@@ -63,10 +64,11 @@ def finetune(config: FinetuneConfig) -> Figures:
     task, spec, report = _build_task(config, opened, classes_of(opened.train, opened.val, config.num_classes), micro)
     size = pair(task.classifier.patch_embed.img_size)
     ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
-    order, crop = ShuffledOrder(ids, config.seed), random_crop(config.data, size)
-    samples = Samples(opened.train, order, crop, config.seed, config.data.in_chans)
-    total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
-    schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
+    order, crop = opened.training_order(ids, config.batch_size), random_crop(config.data, size)
+    samples = opened.samples(opened.train, order, crop)
+    length = {"samples": len(order), "batch_size": config.batch_size}
+    total_steps = steps_in("the run", config.steps, config.epochs, **length)
+    schedule = build_schedule(config.optim, total_steps=total_steps, **length)
     optimizer = build_adamw(layer_decay_groups(task.classifier, config.optim), config.optim)
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
@@ -74,7 +76,7 @@ def finetune(config: FinetuneConfig) -> Figures:
             (run_dir / BEST_FILE).unlink(missing_ok=True)
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
-    hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(ids))
+    hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(order))
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         best = _best_so_far(run_dir)
@@ -112,10 +114,10 @@ def _hooks(
     """Returns what fine-tuning adds to the loop: evaluation, keeping the best classifier, and the release."""
     accelerator, run_dir, classifier = opened.accelerator, opened.run_dir, task.classifier
     crop = CenterCrop(pair(classifier.patch_embed.img_size), config.data.crop_pct)
-    samples = Samples(val, FileOrder(np.arange(len(val))), crop, config.seed, config.data.in_chans)
+    samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
     spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
     loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True)
-    labels = class_names(opened.train.paths)
+    labels = class_names(opened.train)
 
     def measure(step: int, log: RunLog) -> Figures:
         found = evaluate(nn.Sequential(task.normalize, classifier), loader, accelerator)
@@ -134,7 +136,7 @@ def _hooks(
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps
-    return Hooks(measure, every, export)
+    return Hooks(measure, every, export, opened.fetching)
 
 
 def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> int:
@@ -145,7 +147,7 @@ def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> i
     for index, where in ((train, "data.train"), (val, "data.val")):
         refuse_unlabelled(index.label, where)
     largest = int(max(train.label.max(), val.label.max()))
-    names = class_names(train.paths)
+    names = class_names(train)
     count = num_classes or (len(names) if names else largest + 1)
     if largest >= count:
         raise InputError(

@@ -1,5 +1,6 @@
 """Accuracy over a set of images, every image counted exactly once however many processes share the work."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,13 +8,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.utils import accuracy
 from torch import nn
-from torch.utils.data import DataLoader
 
-from quarterlight.ssl.loader import BadSample, Batch, refuse_bad
+from quarterlight.ssl.batches import BadSample, Batch, refuse_bad
 
 
 @torch.no_grad()
-def evaluate(classifier: nn.Module, loader: DataLoader[Batch], accelerator: Accelerator) -> dict[str, float]:
+def evaluate(classifier: nn.Module, loader: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
     """Returns top1 and top5 in percent, the mean cross-entropy `loss`, and `images`, the number counted.
 
     `classifier` takes uint8 images [B, H, W, C]; `loader` gives this process its own part (`loader.EvalSpans`).

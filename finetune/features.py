@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from quarterlight.ssl.batches import BadSample, Samples, refuse_bad
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import replace_file, write_tensors
-from quarterlight.ssl.loader import BadSample, EvalSpans, Samples, build_loader, refuse_bad
+from quarterlight.ssl.loader import EvalSpans, build_loader
 
 Features = dict[str, Tensor]  # float32 [images, D] by pooling: "avg" of the patch tokens, "token" the class token
 

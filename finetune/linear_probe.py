@@ -14,7 +14,7 @@ from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import write_json
-from quarterlight.ssl.loader import Samples
+from quarterlight.ssl.index import refuse_damage
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.randoms import hashes
 from quarterlight.ssl.released import load_encoder
@@ -126,7 +126,8 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
     tables = []
     for which, per_class in ((opened.train, config.data.samples_per_class), (opened.val, None)):
         order = FileOrder(labelled_subset(which.label, per_class, config.seed))
-        samples = Samples(which, order, crop, config.seed, config.data.in_chans)
+        refuse_damage(which)
+        samples = opened.samples(which, order, crop)
         loading = {"batch_size": config.extract_batch_size, "num_workers": config.num_workers}
         tables.append(extract(encoder, normalize, samples, accelerator, run_dir / "features", **loading))
     result: dict[str, Any] = {}

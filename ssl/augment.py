@@ -1,6 +1,7 @@
 """What happens to an image's pixels between decoding and the batch, as small picklable classes.
 
 Randomness comes in as uniform numbers, one row an image, so that a crop depends on nothing but the sample's position.
+A crop is a call with one image, and has `of_small` for many images of one small size.
 """
 
 import contextlib
@@ -18,24 +19,27 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 
 from .config import DataConfig
+from .decode import Box, ImageFile
 from .errors import InputError
+from .resample import fits_tables, resize_crops
 
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 CROP_TRIES = 10
 
 
-def resize_crop(pixels: UInt8[np.ndarray, "H W C"], box: Box, size: tuple[int, int]) -> UInt8[Tensor, "h w C"]:
-    """Returns the part of the image in `box`, resized to `size` (height, width) by antialiased bicubic interpolation.
+def resize(pixels: UInt8[np.ndarray, "H W C"], size: tuple[int, int]) -> UInt8[Tensor, "h w C"]:
+    """Returns the image resized to `size` (height, width) by antialiased bicubic interpolation.
 
     Stays in uint8: four times as fast as PIL's and within rounding of it (torch's kernel on the same filter).
     """
-    top, left, height, width = box
-    part = torch.from_numpy(pixels)[top : top + height, left : left + width]
-    if (height, width) == size:
-        return part
-    planes = part.permute(2, 0, 1)[None]  # [1, C, H, W], channels last in memory
-    resized = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0)  # [h, w, C]
+    if pixels.shape[:2] == size:
+        return torch.from_numpy(pixels)
+    dense = torch.from_numpy(np.ascontiguousarray(pixels))  # of a part of an image torch makes planes, slow to copy
+    planes = dense[None].permute(0, 3, 1, 2)  # [1, C, H, W], channels last in memory
+    return _interpolate(planes, size)[0].permute(1, 2, 0)  # [h, w, C]
+
+
+def _interpolate(planes: UInt8[Tensor, "B C H W"], size: tuple[int, int]) -> UInt8[Tensor, "B C h w"]:
+    return torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def random_crop_box(
@@ -45,19 +49,20 @@ def random_crop_box(
 
     `u` holds 2 * CROP_TRIES + 2 uniforms. After CROP_TRIES boxes that do not fit, the largest central one that does.
     """
+    v = u.tolist()  # arithmetic with numpy's scalars takes five times as long
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for i in range(CROP_TRIES):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * u[2 * i])
-        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[2 * i + 1])
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * v[2 * i])
+        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * v[2 * i + 1])
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(u[-1] * (height - h + 1)), int(u[-2] * (width - w + 1)), h, w
+            return Box(int(v[-1] * (height - h + 1)), int(v[-2] * (width - w + 1)), h, w)
     w, h = width, height
     if width / height < ratio[0]:
         h = round(width / ratio[0])
     elif width / height > ratio[1]:
         w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+    return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,25 @@ class RandomCrop:
 
     num_draws = 2 * CROP_TRIES + 4
 
-    def __call__(self, pixels: UInt8[np.ndarray, "H W C"], u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
-        """Returns the augmented image; `u` holds `num_draws` uniforms."""
-        height, width, _ = pixels.shape
-        box = random_crop_box(height, width, u[2:], self.scale, self.ratio)
-        image = resize_crop(pixels, box, self.size)
-        if u[0] < self.hflip:
-            image = image.flip(1)
+    def __call__(self, image: ImageFile, u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
+        """Returns the augmented image; `u` holds `num_draws` uniforms. Raises UnreadableImage."""
+        box = random_crop_box(image.height, image.width, u[2:], self.scale, self.ratio)
+        crop = resize(image.crop(box, self.size), self.size)
+        return self._with_policy(crop.flip(1) if u[0] < self.hflip else crop, u)
+
+    def of_small(self, images: UInt8[Tensor, "B H W C"], u: Float[np.ndarray, "B draws"]) -> UInt8[Tensor, "B h w C"]:
+        """Returns the same of many images at once; they differ by rounding, which is not done twice."""
+        _, height, width, _ = images.shape
+        if not fits_tables((height, width), self.size):
+            return torch.stack([self(ImageFile.of_pixels(x), row) for x, row in zip(images.numpy(), u, strict=True)])
+        boxes = [random_crop_box(height, width, row[2:], self.scale, self.ratio) for row in u]
+        flipped = np.array([row[0] < self.hflip for row in u])
+        crops = resize_crops(images, np.array(boxes), flipped, self.size)
+        if self._policy is None:
+            return crops
+        return torch.stack([self._with_policy(crop, row) for crop, row in zip(crops, u, strict=True)])
+
+    def _with_policy(self, image: UInt8[Tensor, "h w C"], u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
         if self._policy is None:
             return image
         pixels = image.squeeze(2).numpy() if image.shape[2] == 1 else image.numpy()
@@ -143,19 +160,34 @@ class CenterCrop:
 
     num_draws = 0
 
-    def __call__(self, pixels: UInt8[np.ndarray, "H W C"], u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
-        """Returns the same as torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), for a square size."""
+    def __call__(self, image: ImageFile, u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
+        """Returns the same as torchvision's Resize(floor(size / crop_pct)) and CenterCrop(size), for a square size.
+
+        Raises UnreadableImage.
+        """
         del u
-        height, width, _ = pixels.shape
+        return self._center(resize(image.pixels(), self._covering(image.height, image.width)))
+
+    def of_small(self, images: UInt8[Tensor, "B H W C"], u: Float[np.ndarray, "B draws"]) -> UInt8[Tensor, "B h w C"]:
+        """Returns the same of many images at once."""
+        del u
+        covering = self._covering(*images.shape[1:3])
+        if covering != tuple(images.shape[1:3]):
+            images = _interpolate(images.permute(0, 3, 1, 2), covering).permute(0, 2, 3, 1)
+        return self._center(images)
+
+    def _covering(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the height and width to which an image is resized."""
         th, tw = self.size
         target = math.floor(th / self.crop_pct), math.floor(tw / self.crop_pct)
         if target[0] * width >= target[1] * height:  # the height decides
-            covering = target[0], max(tw, target[0] * width // height)
-        else:
-            covering = max(th, target[1] * height // width), target[1]
-        image = resize_crop(pixels, (0, 0, height, width), covering)
-        top, left = round((covering[0] - th) / 2), round((covering[1] - tw) / 2)
-        return image[top : top + th, left : left + tw]
+            return target[0], max(tw, target[0] * width // height)
+        return max(th, target[1] * height // width), target[1]
+
+    def _center(self, images: UInt8[Tensor, "*B H W C"]) -> UInt8[Tensor, "*B h w C"]:
+        th, tw = self.size
+        top, left = round((images.shape[-3] - th) / 2), round((images.shape[-2] - tw) / 2)
+        return images[..., top : top + th, left : left + tw, :]
 
 
 class Normalize(nn.Module):
@@ -170,5 +202,10 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(self, images: UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B C H W"]:
-        """Returns (images / 255 - mean) / std, channels first, contiguous."""
-        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        """Returns (images / 255 - mean) / std, channels first, contiguous.
+
+        Channels first while a pixel is a byte, then one product and one difference: a fifth of the time on a CPU.
+        """
+        scale, shift = 1 / (255 * self.std), self.mean / self.std
+        planes = images.permute(0, 3, 1, 2).contiguous().float()
+        return planes.mul_(scale[:, None, None]).sub_(shift[:, None, None])

@@ -6,6 +6,7 @@ A command is `run_command(parse_options, run)`: the first is quick and imports n
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from .config import check_ranges
 from .errors import InputError, did_you_mean
@@ -72,16 +73,34 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def parser_for(config_class: type, description: str, positionals: Sequence[tuple[str, str]] = ()) -> CommandParser:
-    """Returns a parser with one option for each field of `config_class`, `--config FILE` and `--print_config`."""
+def parser_for(
+    config_class: type, description: str, positionals: Sequence[tuple[str, str]] = (), *, command: str = ""
+) -> CommandParser:
+    """Returns a parser with one option for each field of `config_class`, `--config FILE` and `--print_config`.
+
+    A positional whose name ends in "..." takes one word or more. `command` is the sub-command that is parsed for.
+    """
     names = "".join(f" {name.upper()}" for name, _ in positionals)
-    usage = f"%(prog)s{names} [--config FILE ...] [--KEY VALUE ...]"
-    parser = CommandParser(description=description, usage=usage, allow_abbrev=False)
+    usage = f"%(prog)s{f' {command}' * bool(command)}{names} [--config FILE ...] [--KEY VALUE ...]"
+    parser = CommandParser(
+        description=inspect.cleandoc(description), usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     for name, text in positionals:
-        parser.add_argument(name, metavar=name.upper(), help=text)
+        plain, number = name.rstrip("."), "+" if name.endswith("...") else None
+        parser.add_argument(plain, metavar=plain.upper(), help=text, nargs=number)
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_class_arguments(config_class, nested_key=None, as_group=False)
     return parser
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Fills each paragraph of a description to the terminal's width, and keeps indented lines, which are lists."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = re.split(r"\n\s*\n|\n(?=  )", text.strip())
+        filled = [p if p.startswith("  ") else super(_HelpFormatter, self)._fill_text(p, width, indent) for p in parts]
+        gaps = ["\n" if part.startswith("  ") else "\n\n" for part in parts[1:]]
+        return "".join(x for pair in zip(["", *gaps], filled, strict=True) for x in pair)
 
 
 def parse(parser: CommandParser, args: Sequence[str] | None = None) -> Namespace:

@@ -18,7 +18,10 @@ class DataConfig:
     """Which images, and how they are cropped."""
 
     train: str | list[str]
-    """Shards to train on: a tar, a glob ('shards/train-*.tar'), braces ('train-{00..09}.tar') or a list of these."""
+    """Shards to train on: a tar, a glob ('shards/train-*.tar'), braces ('train-{00..09}.tar'), several of these joined
+    by '::' or in a list; on a local disk or at https://, s3://, gs:// or hf://."""
+    train_weights: list[float] | None = None
+    """How often an epoch shows the samples of each source in data.train: 2 twice, 0.5 every other epoch. null: once."""
     val: str | list[str] | None = None
     """Shards to evaluate on, in the same forms."""
     img_size: int | tuple[int, int] | None = None
@@ -41,6 +44,19 @@ class DataConfig:
     """Channel means subtracted after scaling to [0, 1]; null: those the weights in --init expect, else ImageNet's."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations divided by; null: those the weights in --init expect, else ImageNet's."""
+    repeats: int = 1
+    """Crops and masks in a row from one decoding of an image (repeated augmentation); a pass over all images then takes
+    as many epochs."""
+    block_samples: int | None = None
+    """Shuffle whole shards, and samples only among about this many at a time. null: among all of them, or among 16384
+    of remote shards."""
+    lanes: int | None = None
+    """Parts of a batch that go through stretches of the data of their own, so that each machine fetches its part only.
+    null: 1, or 8 for remote shards."""
+    cache_dir: str | None = None
+    """Folder on a local disk for remote shards. null: ~/.cache/quarterlight/shards."""
+    cache_gb: float = 100.0
+    """How much of remote shards is kept there, in gigabytes (10^9 bytes)."""
     max_bad_share: float = 0.01
     """Share of the samples read so far that may be unreadable before the run stops (ten always may)."""
 
@@ -181,26 +197,6 @@ class PretrainConfig(StageConfig):
     """Steps between two pictures of reconstructions; 0: only at the end."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardsConfig:
-    """How images become shards."""
-
-    val_share: float | None = None
-    """Share of the images set aside as val shards. null: SOURCE's own train/ and val/ (or test/) folders, else none."""
-    labels: Literal["auto", "folders", "none"] = "auto"
-    """folders: the first folder below SOURCE is the class. none: no labels. auto: folders, if every image is in one."""
-    resize: int | None = None
-    """Shrink images with a longer shorter side to this many pixels, stored as JPEG; null: files as they are."""
-    quality: int = 90
-    """JPEG quality of resized images, 1-100."""
-    shard_size_mb: float = 256
-    """A shard is closed when it reaches this many megabytes (10^6 bytes)."""
-    seed: int = 0
-    """Decides the shuffled order and the split."""
-    num_workers: int = 2
-    """Processes that read, check and resize images."""
-
-
 def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int, batch_size: int) -> int:
     """Returns a length in steps, given in steps or in epochs (rounded up, so that no sample is short of an epoch).
 
@@ -240,7 +236,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None),
     "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
-    "temperature": (1e-9, None),
+    "temperature": (1e-9, None), "train_weights": (1e-9, None), "repeats": (1, None), "block_samples": (1, None),
+    "lanes": (1, None), "cache_gb": (1e-9, None),
 }  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .config import ShardsConfig
 from .decode import UnreadableImage, decode_image
-from .sources import SourceImage
+from .shard_config import ShardsConfig
+from .sources import InShard, SourceImage
 
 MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
@@ -39,6 +39,8 @@ class ImageEncoder(Dataset):
         try:
             if isinstance(image.content, Path):
                 return Encoded(image, *self._encode_file(image.content.read_bytes()), None)
+            if isinstance(image.content, InShard):
+                return Encoded(image, *self._encode_file(image.content.read()), None)
             return Encoded(image, "png", _png(Image.fromarray(image.content)), None)
         except (UnreadableImage, OSError) as error:
             return Encoded(image, "", b"", str(error))

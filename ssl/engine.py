@@ -24,13 +24,16 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from .attention import choose_attention
+from .batches import Batch, Samples
 from .checkpoint import load_state, save_state, state_folders
 from .config import StageConfig
 from .errors import InputError
-from .loader import Batch, Samples, Spans, build_loader
+from .fetching import Fetching, places_of_node, remote_shards
+from .loader import Spans, build_loader
 from .log import RunLog, append_jsonl, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
+from .order import ShardPlan
 from .randoms import step_seed
 
 Figures = dict[str, float]
@@ -57,6 +60,7 @@ class Hooks:
     evaluate: Callable[[int, RunLog], Figures]  # all processes: figures after `step` steps
     evaluate_every_steps: int  # 0: at the end only
     export: Callable[[dict[str, Any]], None]  # main process, with the progress: writes the released weights
+    fetching: Fetching | None = None  # of remote shards; None: there are none
 
 
 def build_accelerator(precision: str) -> Accelerator:
@@ -133,6 +137,11 @@ def train(
         rank=rank,
         world_size=world_size,
     )
+    fetching = hooks.fetching or Fetching(0, enabled=False)
+    first, stop = places_of_node(config.batch_size // world_size, rank, accelerator.local_process_index)
+    index = samples.index
+    plan = ShardPlan(samples.order, index.shard, spans.steps, config.batch_size, first, stop, remote_shards(index))
+    fetching.follow(index, plan)
     loader = iter(build_loader(samples, spans, num_workers=config.num_workers))
     meter = Meter(accelerator, config.batch_size)
     keys: list[str] = []
@@ -141,6 +150,7 @@ def train(
         done, last = step + 1, step + 1 == total_steps
         _reseed(step_seed(config.seed, "step", step, rank))
         set_lr(prepared, schedule.lr_at(step))
+        fetching.advance(index, step * config.batch_size)
         for i in range(accum_steps):
             batch = meter.next_batch(loader)
             keys = batch.keys

@@ -1,139 +1,41 @@
 """Where every sample of a set of tar shards lies: one pass over the tar headers, kept in a sidecar file.
 
-A folder of shards holds one `index.npz` (offsets, sizes, labels, keys, and each shard's size and modification time). It
-is built on first use, and the entry of a shard that changed is built anew. Without it, finding the sample at a position
-would mean reading everything before it.
+A folder of shards holds one `index.npz` (offsets, sizes, labels, keys, defects, and each shard's size and modification
+time). It is built on first use, and the entry of a shard that changed is built anew. Without it, finding the sample at
+a position would mean reading everything before it. Shards behind an address have theirs beside them too
+(`launch/shards.py index` makes it), or it is made by fetching each of them once.
 """
 
-import glob
 import hashlib
-import json
 import os
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import braceexpand
 import numpy as np
 from jaxtyping import Int
 
+from .dataset_file import read_dataset
+from .entries import IMAGE_EXTENSIONS, ShardEntries, scan_shard
 from .errors import InputError
 from .files import replace_file
+from .remote import fetch, is_remote, read_remote
+from .shard_cache import ShardCache
+from .shard_names import shard_paths, sources
+from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-INDEX_NAME = "index.npz"
-DATASET_FILE = "dataset.json"
-UNLABELLED = -1
-
-
-def shard_paths(patterns: str | Sequence[str]) -> list[Path]:
-    """Returns the shards that globs, braces and plain paths name, each once, sorted within a pattern.
-
-    Raises InputError when a pattern matches nothing.
-    """
-    found: dict[Path, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        try:
-            parts = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
-        except braceexpand.UnbalancedBracesError as error:  # type: ignore[attr-defined]
-            raise InputError(f"shards: the braces in {pattern} do not match") from error
-        for part in parts:
-            if "://" in part:
-                raise InputError(f"{part}: only shards on local disks are read")
-            matches = [part] if os.path.exists(part) else sorted(glob.glob(part))
-            if not matches:
-                reason = "matches no file" if glob.has_magic(part) else "does not exist"
-                raise InputError(f"shards: {part} {reason} (seen from {Path.cwd()})")
-            if folders := [match for match in matches if os.path.isdir(match)]:
-                raise InputError(
-                    f"shards: {folders[0]} is a folder; name its tars, as in '{folders[0]}/train-*.tar' "
-                    "(launch/shards.py makes them of images)"
-                )
-            found |= dict.fromkeys(Path(match).absolute() for match in matches)
-    if not found:
-        raise InputError("shards: no pattern given")
-    return list(found)
+DEFECTS_SHOWN = 3
+OPEN_FILES = 64  # a shuffled run touches every shard; stay far below the limit of open files
 
 
-@dataclass(frozen=True)
-class ShardEntries:
-    """The samples of one shard, in file order."""
+class ShardDefect(NamedTuple):
+    """Something wrong with a shard: bytes that cannot be read, or (size 0) what is odd about it."""
 
-    offset: Int[np.ndarray, " n"]  # of the image's bytes, from the start of the tar
-    size: Int[np.ndarray, " n"]  # bytes
-    label: Int[np.ndarray, " n"]  # class number, or UNLABELLED
-    keys: list[str]
-
-
-def scan_shard(path: Path) -> ShardEntries:
-    """Returns the samples of a tar: files are one sample while their name up to the first dot stays the same.
-
-    Raises InputError when the file is no tar, ends early, is damaged, or holds a label that is no number.
-    """
-    entries: list[tuple[int, int, int, str]] = []
-    members: dict[str, tarfile.TarInfo] = {}
-    key: str | None = None
-
-    def close_sample(tar: tarfile.TarFile) -> None:
-        image = next((members[x] for x in IMAGE_EXTENSIONS if x in members), None)
-        if image is not None:
-            entries.append((image.offset_data, image.size, _label(tar, members, path, key), key or ""))
-
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not stem or not extension:  # dot files and bare names are no part of a sample, as in webdataset
-                    continue
-                name = (f"{folder}/{stem}" if folder else stem).replace("\n", " ")  # the sidecar holds a key a line
-                if name != key:
-                    close_sample(tar)
-                    members, key = {}, name
-                members[extension.lower()] = member
-            close_sample(tar)
-            _check_end(path, tar.offset)
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path}: not a readable tar ({error}); write it again or leave it out") from error
-    columns = list(zip(*entries, strict=True)) or [(), (), (), ()]
-    return ShardEntries(*(np.array(x, np.int64) for x in columns[:3]), keys=list(columns[3]))
-
-
-def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path: Path, key: str | None) -> int:
-    extension = next((x for x in ("cls", "json") if x in members), None)
-    file = tar.extractfile(members[extension]) if extension else None
-    if file is None:
-        return UNLABELLED
-    text = file.read()
-    try:
-        label = int(text) if extension == "cls" else json.loads(text).get("label", UNLABELLED)
-        if isinstance(label, float) and not label.is_integer():
-            raise ValueError("a fraction")
-        return int(np.int64(int(label)))
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: label of {key}.{extension} is {text[:40]!r}, not a whole number") from error
-
-
-def _check_end(path: Path, end: int) -> None:
-    """tarfile takes a damaged header for the end; only zeros from there on (or a bare end of file) are the end."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(end)
-        zeros_only = not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
-    if end > size or not zeros_only:
-        at = f"ends at byte {size}, in the middle of a file" if end > size else f"is damaged at byte {end} of {size}"
-        raise InputError(f"{path}: the tar {at}; write it again or leave it out")
-
-
-def class_names(paths: Sequence[Path]) -> list[str] | None:
-    """Returns the class names in label order that `launch/shards.py` left beside the first of these shards, if any."""
-    file = paths[0].parent / DATASET_FILE
-    return json.loads(file.read_text()).get("classes") if file.is_file() else None
+    shard: str
+    offset: int
+    size: int
+    reason: str
 
 
 class ShardIndex:
@@ -142,15 +44,28 @@ class ShardIndex:
     Offsets, sizes and labels are arrays over samples; `read` gives a sample's bytes in any process.
     """
 
-    def __init__(self, paths: Sequence[Path], entries: Sequence[ShardEntries]) -> None:
-        self.paths = list(paths)
+    def __init__(
+        self,
+        paths: Sequence[str],
+        entries: Sequence[ShardEntries],
+        *,
+        sources: Int[np.ndarray, " shards"] | None = None,
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.paths = list(paths)  # or addresses
+        self.cache = cache  # None: all shards are on local disks
         counts = [len(e.keys) for e in entries]
         self.offset = np.concatenate([e.offset for e in entries])
         self.size = np.concatenate([e.size for e in entries])
         self.label = np.concatenate([e.label for e in entries])
         self.shard = np.repeat(np.arange(len(counts)), counts)
+        self.source = np.zeros_like(self.shard) if sources is None else np.repeat(sources, counts)  # of each sample
+        self.defects = [ShardDefect(p, *d) for p, e in zip(self.paths, entries, strict=True) for d in e.defects]
+        # One array, not a million strings: forked workers would copy these page by page as they count references.
+        joined = "\n".join(key for e in entries for key in e.keys).encode("utf-8", "surrogateescape")
+        self._keys = np.frombuffer(joined, np.uint8)
+        self._key_ends = np.append(np.flatnonzero(self._keys == ord("\n")), len(joined))
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self._keys = [e.keys for e in entries]
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -158,92 +73,162 @@ class ShardIndex:
 
     def key(self, sample: int) -> str:
         """Returns the sample's name inside its shard, without extension."""
-        shard = int(self.shard[sample])
-        return self._keys[shard][sample - int(self._first[shard])]
+        return self._key_bytes(sample, sample + 1).decode("utf-8", "surrogateescape")
+
+    def _key_bytes(self, first: int, stop: int) -> bytes:
+        """Returns the keys of samples first, ..., stop - 1, a line each."""
+        start = int(self._key_ends[first - 1]) + 1 if first else 0
+        return self._keys[start : int(self._key_ends[stop - 1])].tobytes()
 
     def read(self, sample: int) -> bytes:
-        """Returns the bytes of the image file."""
-        shard = int(self.shard[sample])
+        """Returns the bytes of the image file. Raises OSError, or InputError when a remote shard cannot be had."""
+        size = int(self.size[sample])
+        data = os.pread(self._file(int(self.shard[sample])), size, int(self.offset[sample]))
+        if len(data) < size:
+            raise OSError(f"the shard ends {size - len(data)} bytes before the image does: was it replaced meanwhile?")
+        return data
+
+    def _file(self, shard: int) -> int:
+        """Returns an open descriptor of a shard."""
         if shard not in self._files:
-            if len(self._files) >= 64:  # a shuffled run touches every shard; stay far below the limit of open files
+            if len(self._files) >= OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return os.pread(self._files[shard], int(self.size[sample]), int(self.offset[sample]))
+            path = self.paths[shard]
+            local = self.cache is None or not is_remote(path)
+            self._files[shard] = os.open(path, os.O_RDONLY) if local else self.cache.open(shard)  # type: ignore[union-attr]
+        return self._files[shard]
+
+    def close_evicted(self) -> None:
+        """Closes the files that left the cache, whose disk space is free only then."""
+        if self.cache is not None:
+            for shard in [shard for shard, file in self._files.items() if self.cache.evicted(file)]:
+                os.close(self._files.pop(shard))
 
     def fingerprint(self) -> str:
         """Returns a hash of what the samples are and in which order; the same wherever the shards lie."""
         digest = hashlib.sha256()
-        for keys, path in zip(self._keys, self.paths, strict=True):
-            digest.update("\n".join([path.name, *keys]).encode("utf-8", "surrogateescape"))
+        for i, path in enumerate(self.paths):
+            first, stop = int(self._first[i]), int(self._first[i + 1])
+            name = path.rpartition("/")[2].encode("utf-8", "surrogateescape")
+            digest.update(name + b"\n" + self._key_bytes(first, stop) if stop > first else name)
         digest.update(self.size.tobytes() + self.label.tobytes())
         return digest.hexdigest()[:16]
+
+    def samples_lost(self) -> int:
+        """Returns about how many samples are missing because the tars are damaged: lost bytes by mean sample size."""
+        lost = [defect.size for defect in self.defects if defect.size]
+        return max(len(lost), round(sum(lost) / max(1.0, float(self.size.mean())))) if lost else 0
+
+    def describe_defects(self) -> list[str]:
+        """Returns a sentence for each of the first defects, and one for the rest."""
+        lines = [
+            f"{d.shard}: {d.reason} (byte {d.offset}{f', {d.size} bytes lost' if d.size else ''})"
+            for d in self.defects[:DEFECTS_SHOWN]
+        ]
+        rest = len(self.defects) - DEFECTS_SHOWN
+        return lines + ([f"and {rest} more; launch/shards.py verify lists all"] if rest > 0 else [])
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}}  # open files do not travel to workers
 
 
-def open_index(patterns: str | Sequence[str]) -> ShardIndex:
+def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) -> ShardIndex:
     """Returns the index of the shards that `patterns` name, scanning only shards that no sidecar describes.
 
-    Raises InputError when nothing matches, a shard is damaged, or the shards hold no image.
+    What is damaged in a shard is left out of it and listed in `defects`. Remote shards are kept below `cache_dir`.
+    Raises InputError when nothing matches, a file is no tar at all, or the shards hold no image.
     """
-    paths = shard_paths(patterns)
-    entries: dict[Path, ShardEntries] = {}
-    for folder in dict.fromkeys(path.parent for path in paths):
-        entries |= _folder_entries(folder, [path for path in paths if path.parent == folder])
-    index = ShardIndex(paths, [entries[path] for path in paths])
-    if not len(index):
+    source_of: dict[str, int] = {}
+    for number, pattern in enumerate(sources(patterns)):
+        for path in shard_paths(pattern):
+            source_of.setdefault(path, number)
+    entries: dict[str, ShardEntries] = {}
+    sizes: dict[str, int] = {}
+    for folder in dict.fromkeys(path.rpartition("/")[0] for path in source_of):
+        below = [path for path in source_of if path.rpartition("/")[0] == folder]
+        found = _remote_entries(folder, below, cache_dir) if is_remote(folder) else _local_entries(Path(folder), below)
+        for path, (stamp, shard_entries) in zip(below, found, strict=True):
+            entries[path], sizes[path] = shard_entries, stamp[1]
+    paths = list(source_of)
+    if not any(len(entries[path].keys) for path in paths):
         raise InputError(f"{paths[0]}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside")
-    return index
+    cache = None
+    if cache_dir is not None and any(map(is_remote, paths)):
+        cache = ShardCache(cache_dir, paths, [sizes[path] for path in paths])
+    source_numbers = np.array(list(source_of.values()), np.int64)
+    return ShardIndex(paths, [entries[path] for path in paths], sources=source_numbers, cache=cache)
 
 
-def _folder_entries(folder: Path, paths: Iterable[Path]) -> dict[Path, ShardEntries]:
-    sidecar = folder / INDEX_NAME
-    known = _read_sidecar(sidecar)
-    stamps = {path: (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
-    missing = [path for path, stamp in stamps.items() if stamp not in known]
-    for path in missing:
-        known = {stamp: entries for stamp, entries in known.items() if stamp[0] != path.name}
-        known[stamps[path]] = scan_shard(path)
+def _local_entries(folder: Path, paths: Iterable[str]) -> list[tuple[Stamp, ShardEntries]]:
+    known = read_sidecar(folder)
+    stamps = [_stamp(Path(path)) for path in paths]
+    missing = [stamp for stamp in stamps if stamp not in known]
+    for stamp in missing:
+        known = _replaced(known, stamp, scan_shard(folder / stamp[0]))
     if missing and os.access(folder, os.W_OK):  # from a read-only folder the index is built at every start
-        replace_file(sidecar, lambda partial: _write_sidecar(partial, known))
-    return {path: known[stamp] for path, stamp in stamps.items()}
+        _write_sidecar(folder, known)
+    return [(stamp, known[stamp]) for stamp in stamps]
 
 
-_Stamp = tuple[str, int, int]  # file name, bytes, modification time in ns
+def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -> list[tuple[Stamp, ShardEntries]]:
+    """Returns the entries from the index beside the shards, else from one made earlier, else from the shards."""
+    if cache_dir is None:
+        raise InputError(f"{paths[0]}: only shards on local disks are read here")
+    data = read_remote(f"{folder}/{INDEX_NAME}")
+    known = {stamp[0]: (stamp, entries) for stamp, entries in (unpack(data) if data else {}).items()}
+    names = [path.rpartition("/")[2] for path in paths]
+    if any(name not in known for name in names):
+        kept = cache_dir / "indexes" / hashlib.sha256(folder.encode()).hexdigest()[:16]
+        before = read_sidecar(kept)
+        known = {stamp[0]: (stamp, entries) for stamp, entries in before.items()} | known
+        missing = [path for path, name in zip(paths, names, strict=True) if name not in known]
+        if missing:
+            print(
+                f"{folder}: no {INDEX_NAME} lists {missing[0].rpartition('/')[2]}; fetching {len(missing)} shards once "
+                f"to make one (launch/shards.py index makes one to put beside them)",
+                flush=True,
+            )
+        for stamp, entries in scan_remote(missing, cache_dir):
+            known[stamp[0]] = (stamp, entries)
+            before = _replaced(before, stamp, entries)
+            _write_sidecar(kept, before)
+    return [known[name] for name in names]
 
 
-def _write_sidecar(path: Path, known: dict[_Stamp, ShardEntries]) -> None:
-    names, sizes, times = zip(*known, strict=True)
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            shard_name=np.array(names),
-            shard_size=np.array(sizes),
-            shard_mtime_ns=np.array(times),
-            count=np.array([len(e.keys) for e in known.values()]),
-            offset=np.concatenate([e.offset for e in known.values()]),
-            size=np.concatenate([e.size for e in known.values()]),
-            label=np.concatenate([e.label for e in known.values()]),
-            keys=np.frombuffer(
-                "\n".join(k for e in known.values() for k in e.keys).encode("utf-8", "surrogateescape"), np.uint8
-            ),
+def scan_remote(paths: Sequence[str], cache_dir: Path) -> Iterator[tuple[Stamp, ShardEntries]]:
+    """Yields what each remote shard holds; it is fetched to `cache_dir` for that, one at a time, and deleted."""
+    for path in paths:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+            local = Path(folder) / path.rpartition("/")[2]
+            fetch(path, local)
+            yield (local.name, local.stat().st_size, 0), scan_shard(local)
+
+
+def _stamp(path: Path) -> Stamp:
+    found = path.stat()
+    return path.name, found.st_size, found.st_mtime_ns
+
+
+def _replaced(known: Known, stamp: Stamp, entries: ShardEntries) -> Known:
+    """Returns `known` with a shard's entries, and none for older states of that shard."""
+    return {s: e for s, e in known.items() if s[0] != stamp[0]} | {stamp: entries}
+
+
+def _write_sidecar(folder: Path, known: Known) -> None:
+    data = pack(known)
+    replace_file(folder / INDEX_NAME, lambda partial: partial.write_bytes(data))
+
+
+def refuse_damage(index: ShardIndex) -> None:
+    """Raises InputError when a part of a tar cannot be read: a figure must count every image."""
+    if lost := [defect for defect in index.defects if defect.size]:
+        raise InputError(
+            f"{lost[0].shard}: {lost[0].reason} (byte {lost[0].offset}, {lost[0].size} bytes lost), and an evaluation "
+            "must count every image: fetch it again, or `launch/shards.py repair` leaves out what is lost"
         )
 
 
-def _read_sidecar(path: Path) -> dict[_Stamp, ShardEntries]:
-    """Returns what the sidecar knows; nothing when there is none, or when it is damaged (it is then written anew)."""
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            columns = {name: file[name] for name in file.files}
-        stamps = list(zip(*(columns[f"shard_{x}"].tolist() for x in ("name", "size", "mtime_ns")), strict=True))
-        cuts = np.cumsum(columns["count"])[:-1]
-        keys = columns["keys"].tobytes().decode("utf-8", "surrogateescape").split("\n")
-        split = {name: np.split(columns[name], cuts) for name in ("offset", "size", "label")}
-        bounds = np.concatenate([[0], np.cumsum(columns["count"])])
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):  # all by zipfile
-        return {}
-    return {
-        stamp: ShardEntries(split["offset"][i], split["size"][i], split["label"][i], keys[bounds[i] : bounds[i + 1]])
-        for i, stamp in enumerate(stamps)
-    }
+def class_names(index: ShardIndex) -> list[str] | None:
+    """Returns the class names in label order that `launch/shards.py` left beside the first of these shards, if any."""
+    return read_dataset(index.paths[0].rpartition("/")[0]).get("classes")

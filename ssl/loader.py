@@ -4,50 +4,20 @@ A map-style data set whose batch sampler yields only spans of positions, so a ru
 given to `accelerator.prepare`, which would shard it a second time.
 """
 
+import multiprocessing
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Int, UInt8
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import CenterCrop, RandomCrop
-from .decode import UnreadableImage, decode_image
+from .batches import Batch, Samples
 from .errors import InputError
-from .index import ShardIndex
-from .masking import Masking, MaskSampler
-from .order import FileOrder, ShuffledOrder
-from .randoms import hashes, uniforms
+from .ring import InRing, Ring
 
-REPLACEMENT_TRIES = 100
-
-
-class BadSample(NamedTuple):
-    """A sample that could not be read, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
-
-class Batch(NamedTuple):
-    """What one process gets for one forward pass."""
-
-    images: UInt8[Tensor, "B H W C"]
-    labels: Int[Tensor, " B"]  # class numbers, or -1 where there is none
-    masking: Masking | None
-    keys: list[str]
-    bad: list[BadSample]  # samples that were to be here and were replaced
-
-    def to(self, device: torch.device) -> "Batch":
-        """Returns the same batch with its tensors on `device`."""
-        masking = self.masking and self.masking.to(device, non_blocking=True)
-        images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
-        return self._replace(images=images, labels=labels, masking=masking)
+PREFETCHED = 2  # batches a worker reads ahead
 
 
 class Spans(Sampler[tuple[int, int]]):
@@ -63,6 +33,11 @@ class Spans(Sampler[tuple[int, int]]):
         self.micro_batch_size = micro_batch_size
         self.per_rank = batch_size // world_size
         self.rank = rank
+
+    @property
+    def largest(self) -> int:
+        """The most positions in a span."""
+        return self.micro_batch_size
 
     def __len__(self) -> int:
         return len(self.steps) * (self.per_rank // self.micro_batch_size)
@@ -81,6 +56,11 @@ class EvalSpans(Sampler[tuple[int, int]]):
         self.first, self.last = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
         self.batch_size = batch_size
 
+    @property
+    def largest(self) -> int:
+        """The most positions in a span."""
+        return max(1, min(self.batch_size, self.last - self.first))
+
     def __len__(self) -> int:
         return -(-(self.last - self.first) // self.batch_size)
 
@@ -89,80 +69,104 @@ class EvalSpans(Sampler[tuple[int, int]]):
             yield start, min(start + self.batch_size, self.last)
 
 
+class _Refused(NamedTuple):
+    """What a worker sends instead of a batch when it cannot go on."""
+
+    sentence: str
+
+
 @dataclass
-class Samples(Dataset):
-    """Turns a span of positions into a Batch."""
+class _Reader(Dataset):
+    """Samples as torch's DataLoader wants them: `__getitems__` gets what the batch sampler yields."""
 
-    index: ShardIndex
-    order: ShuffledOrder | FileOrder
-    transform: RandomCrop | CenterCrop
-    seed: int
-    in_chans: Literal[1, 3] = 3
-    masks: MaskSampler | None = None
+    samples: Samples
+    ring: Ring | None
 
-    def __getitems__(self, span: tuple[int, int]) -> Batch:
-        positions = np.arange(*span)
-        ids = self.order.ids(*span)
-        draws = uniforms(self.seed, "augment", positions, self.transform.num_draws)
-        images = torch.empty(len(ids), *self.transform.size, self.in_chans, dtype=torch.uint8)
-        bad: list[BadSample] = []
-        for i, position in enumerate(positions):
-            pixels, ids[i] = self._readable(int(ids[i]), int(position), bad)
-            images[i] = self.transform(pixels, draws[i])
-        labels = torch.from_numpy(self.index.label[ids])
-        masking = self.masks and self.masks.sample(self.seed, positions)
-        return Batch(images, labels, masking, [self.index.key(int(i)) for i in ids], bad)
-
-    def _readable(self, sample: int, position: int, bad: list[BadSample]) -> tuple[np.ndarray, int]:
-        """Returns the pixels and id of `sample`, or of another one that `position` decides when it is damaged."""
-        for other in hashes(self.seed, "replacement", np.array([position]), REPLACEMENT_TRIES)[0]:
-            try:
-                return decode_image(self.index.read(sample), self.in_chans), sample
-            except (UnreadableImage, OSError) as error:
-                shard = self.index.paths[int(self.index.shard[sample])]
-                bad.append(BadSample(str(shard), self.index.key(sample), str(error)))
-                sample = int(self.order.samples[int(other) % len(self.order)])
-        size = (*self.transform.size, self.in_chans)  # the share of bad samples stops the run; a worker cannot say so
-        return np.zeros(size, np.uint8), sample
+    def __getitems__(self, numbered: tuple[int, int, int]) -> Batch | InRing | _Refused:
+        number, start, stop = numbered
+        try:
+            if self.ring is None:
+                return self.samples.batch(start, stop)
+            return InRing(self.ring, number, self.samples.batch(start, stop, self.ring.slot(number, stop - start)))
+        except InputError as error:  # as an exception it would arrive with a traceback of this process
+            return _Refused(str(error))
 
 
-def build_loader(
-    samples: Samples, spans: Sampler[tuple[int, int]], *, num_workers: int, persistent: bool = False
-) -> DataLoader:
-    """Returns a DataLoader of Batches, in order for any number of workers; `persistent` ones wait for another pass.
+@dataclass
+class _Numbered(Sampler[tuple[int, int, int]]):
+    """The spans of a sampler with their numbers in front."""
 
-    Workers are forked where no GPU is in use (0.2 s; 4 s otherwise), since a fork after CUDA has started deadlocks.
+    spans: Sampler[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.spans)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for number, (start, stop) in enumerate(self.spans):
+            yield number, start, stop
+
+
+class Loader:
+    """Batches in the order of the spans, for any number of workers."""
+
+    def __init__(
+        self, samples: Samples, spans: Spans | EvalSpans, *, num_workers: int, persistent: bool = False
+    ) -> None:
+        self.samples = samples
+        self.spans = spans
+        self.num_workers = num_workers
+        self.persistent = persistent and num_workers > 0
+        self._kept: DataLoader | None = None
+        self._passes = 0
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches; a new pass ends an earlier one. Raises InputError when a shard cannot be had."""
+        loader = self._kept or self._build()
+        self._kept = loader if self.persistent else None
+        self._passes += 1
+        mine, copies = self._passes, self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
+        for batch in loader:
+            if isinstance(batch, _Refused):
+                raise InputError(batch.sentence)
+            yield batch._replace(images=batch.images.clone()) if copies else batch
+            if self.persistent and mine != self._passes:  # its batches have been overwritten by the later one
+                raise RuntimeError("a later pass over this loader has begun: this one cannot go on")
+
+    def _build(self) -> DataLoader:
+        """Returns torch's loader, with a ring of its own."""
+        cuda, workers = torch.cuda.is_available(), self.num_workers
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: slower, not wrong
+        slots = workers * PREFETCHED + 2  # those on their way, one arriving, one being copied
+        return DataLoader(
+            _Reader(self.samples, Ring(slots, self.spans.largest, self.samples.shape) if workers else None),
+            batch_sampler=_Numbered(self.spans),  # type: ignore[arg-type]
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
+            pin_memory=cuda,
+            persistent_workers=self.persistent,
+            multiprocessing_context=_start_method(cuda) if workers else None,
+        )
+
+
+def build_loader(samples: Samples, spans: Spans | EvalSpans, *, num_workers: int, persistent: bool = False) -> Loader:
+    """Returns a loader of Batches; `persistent` workers wait for another pass."""
+    return Loader(samples, spans, num_workers=num_workers, persistent=persistent)
+
+
+def _start_method(cuda: bool) -> Any:
+    """Workers are forked where no GPU is in use (0.2 s), since a fork after CUDA has started deadlocks.
+
+    Else they come from a server process, which imports torch once for all of them (4 s).
     """
-    cuda = torch.cuda.is_available()
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: slower, not wrong
-    return DataLoader(
-        samples,
-        batch_sampler=spans,  # type: ignore[arg-type]  # spans reach __getitems__ as they are
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        num_workers=num_workers,
-        pin_memory=cuda,
-        persistent_workers=persistent and num_workers > 0,
-        multiprocessing_context=("forkserver" if cuda else "fork") if num_workers else None,
-    )
+    context = multiprocessing.get_context("forkserver" if cuda else "fork")
+    if cuda:
+        context.set_forkserver_preload([__name__])
+    return context
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def refuse_bad(bad: list[BadSample]) -> None:
-    """Raises InputError when samples to evaluate on could not be read: a figure must count every image."""
-    if bad:
-        raise InputError(
-            f"{bad[0].shard}: sample {bad[0].key} cannot be read ({bad[0].reason}), and an evaluation must count every "
-            "image: write the shards anew without it"
-        )
-
-
-def refuse_unlabelled(labels: Int[np.ndarray, " n"], where: str) -> None:
-    """Raises InputError when a sample has no label."""
-    if missing := int((labels < 0).sum()):
-        raise InputError(
-            f"{where}: {missing} of {len(labels)} samples have no label (no .cls or .json in the shard); "
-            "write the shards from class folders"
-        )

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .loader import Batch
+from .batches import Batch
 
 
 class Meter:

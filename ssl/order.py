@@ -1,45 +1,184 @@
 """The order of samples: a pure function of (seed, position), the same for any number of ranks and workers.
 
 Position p of a run belongs to epoch p // num_samples; a batch may straddle two epochs, so no sample is ever dropped.
+An order is an object with `len` (the positions of an epoch), `samples` (all ids it may give) and `ids(positions)`.
 """
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
+from .config import DataConfig
 from .errors import InputError
 from .randoms import hashes
 
+REMOTE_BLOCK_SAMPLES = 16384
+REMOTE_LANES = 8
 
-class ShuffledOrder:
+
+@runtime_checkable  # by the tests, at every call
+class Order(Protocol):
+    """Which sample is at which position."""
+
+    @property
+    def samples(self) -> Int[np.ndarray, " n"]:
+        """All ids it may give."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
+        """Returns the sample ids at these positions."""
+        ...
+
+
+class _ByEpoch:
+    """An order that is known an epoch at a time; the last epoch asked for is kept."""
+
+    _kept: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        raise TypeError("an order says how long it is")
+
+    def _epoch_ids(self, epoch: int) -> np.ndarray:
+        raise TypeError("an order says what an epoch holds")
+
+    def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
+        """Returns the sample ids at these positions."""
+        epochs, offsets = np.divmod(positions, len(self))
+        out = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            if self._kept is None or self._kept[0] != epoch:
+                self._kept = epoch, self._epoch_ids(epoch)
+            here = epochs == epoch
+            out[here] = self._kept[1][offsets[here]]
+        return out
+
+
+class ShuffledOrder(_ByEpoch):
     """Every epoch visits every sample once, in an order of its own.
+
+    With `shards` and `block_samples`, shards come in a random order, about `block_samples` at a time, and samples are
+    shuffled within such a block: so few shards are in use at any time, as a cache of remote ones needs.
 
     The permutation sorts hashes rather than calling numpy's shuffle, whose stream may change between versions: a
     resumed run must find the same order. 1.3 M samples take 0.2 s once an epoch, and so does resuming anywhere.
     """
 
-    def __init__(self, samples: Int[np.ndarray, " n"], seed: int) -> None:
+    def __init__(
+        self,
+        samples: Int[np.ndarray, " n"],
+        seed: int,
+        *,
+        shards: Int[np.ndarray, " n"] | None = None,  # the shard of each sample
+        block_samples: int | None = None,  # None: one block
+    ) -> None:
         self.samples = samples
         self.seed = seed
-        self._epoch: tuple[int, np.ndarray] | None = None
+        self.shards = shards
+        self.block_samples = block_samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def ids(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Returns the sample ids at positions start, ..., stop - 1."""
-        parts = []
-        while start < stop:
-            epoch, first = divmod(start, len(self))
-            end = min(len(self), first + stop - start)
-            parts.append(self._shuffled(epoch)[first:end])
-            start += end - first
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    def _epoch_ids(self, epoch: int) -> np.ndarray:
+        keys = hashes(self.seed, f"order of epoch {epoch}", np.arange(len(self)), 1)[:, 0]
+        if self.shards is None or self.block_samples is None:
+            return self.samples[np.argsort(keys, kind="stable")]
+        return self.samples[np.lexsort((keys, self._blocks(epoch)))]
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        if self._epoch is None or self._epoch[0] != epoch:
-            keys = hashes(self.seed, f"order of epoch {epoch}", np.arange(len(self)), 1)[:, 0]
-            self._epoch = (epoch, self.samples[np.argsort(keys, kind="stable")])
-        return self._epoch[1]
+    def _blocks(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """Returns the block of each sample: that in which its shard begins, in this epoch's order of the shards."""
+        assert self.shards is not None and self.block_samples is not None
+        shards, counts = np.unique(self.shards, return_counts=True)
+        rank = np.argsort(hashes(self.seed, f"shards of epoch {epoch}", shards, 1)[:, 0], kind="stable")
+        starts = np.empty_like(counts)
+        starts[rank] = np.cumsum(counts[rank]) - counts[rank]
+        return (starts // self.block_samples)[np.searchsorted(shards, self.shards)]
+
+
+class MixedOrder(_ByEpoch):
+    """Several orders in one, shuffled together: an epoch takes round(weight * samples) positions of each.
+
+    So weight 2 shows every sample of a source twice an epoch and 0.5 every second epoch, up to that rounding; each
+    source goes through its own epochs without a gap.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int) -> None:
+        self.orders = list(orders)
+        self.samples = np.concatenate([order.samples for order in orders])
+        self.counts = [max(1, round(w * len(order))) for w, order in zip(weights, orders, strict=True)]
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def _epoch_ids(self, epoch: int) -> np.ndarray:
+        keys = hashes(self.seed, f"mixture of epoch {epoch}", np.arange(len(self)), 1)[:, 0]
+        which = np.repeat(np.arange(len(self.orders)), self.counts)[np.argsort(keys, kind="stable")]
+        ids = np.empty(len(self), np.int64)
+        for i, (order, count) in enumerate(zip(self.orders, self.counts, strict=True)):
+            ids[which == i] = order.ids(np.arange(epoch * count, (epoch + 1) * count))
+        return ids
+
+
+@dataclass
+class RepeatedOrder:
+    """`repeats` positions in a row show the same sample: one decoding, several crops and masks.
+
+    An epoch keeps its number of positions, as with timm's RepeatAugSampler: a pass over all samples takes `repeats`
+    epochs (Hoffer et al. 2020, "Augment your batch"; MAE-ST and Hiera decode a video once for several clips).
+    """
+
+    order: Order
+    repeats: int
+
+    @property
+    def samples(self) -> Int[np.ndarray, " n"]:
+        """All ids it may give."""
+        return self.order.samples
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
+        """Returns the sample ids at these positions."""
+        return self.order.ids(positions // self.repeats)
+
+
+@dataclass
+class LaneOrder:
+    """Gives each of `lanes` parts of every batch a stretch of the order of its own, so that a node needs few shards.
+
+    A node that reads the first quarter of every batch goes through the first quarter of an epoch, from end to end. The
+    samples of a step depend on `lanes` and `batch_size` but not on how many ranks share them. Positions are only
+    exchanged within a span of whole batches about an epoch long, so still every sample comes once.
+    """
+
+    order: Order
+    batch_size: int
+    lanes: int  # divides batch_size
+
+    @property
+    def samples(self) -> Int[np.ndarray, " n"]:
+        """All ids it may give."""
+        return self.order.samples
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
+        """Returns the sample ids at these positions."""
+        steps = max(1, len(self) // self.batch_size)
+        span, inside = np.divmod(positions, steps * self.batch_size)
+        step, place = np.divmod(inside, self.batch_size)
+        lane, in_lane = np.divmod(place, self.batch_size // self.lanes)
+        per_lane = self.batch_size // self.lanes
+        return self.order.ids(span * steps * self.batch_size + (lane * steps + step) * per_lane + in_lane)
 
 
 class FileOrder:
@@ -51,9 +190,71 @@ class FileOrder:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def ids(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Returns the sample ids at positions start, ..., stop - 1."""
-        return self.samples[start:stop].copy()  # the loader writes replacements into it
+    def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
+        """Returns the sample ids at these positions."""
+        return self.samples[positions]
+
+
+def build_order(
+    data: DataConfig,
+    samples: Int[np.ndarray, " n"],
+    *,
+    shards: Int[np.ndarray, " n"],
+    sources: Int[np.ndarray, " n"],
+    num_sources: int,
+    seed: int,
+    batch_size: int,
+    remote: bool,
+) -> Order:
+    """Returns the order of a training run; `shards` and `sources` are those of each of `samples`.
+
+    Local shards are shuffled as a whole. Remote ones in blocks, and in lanes where there are several machines.
+    Raises InputError for weights, lanes or repeats that do not fit.
+    """
+    block = data.block_samples if data.block_samples is not None or not remote else REMOTE_BLOCK_SAMPLES
+    lanes = data.lanes if data.lanes is not None else (math.gcd(REMOTE_LANES, batch_size) if remote else 1)
+    if batch_size % lanes:
+        raise InputError(
+            f"data.lanes {lanes} does not divide batch_size {batch_size}: use {math.gcd(lanes, batch_size)}"
+        )
+    weights = data.train_weights
+    if weights is None:
+        order: Order = ShuffledOrder(samples, seed, shards=shards, block_samples=block)
+    else:
+        if len(weights) != num_sources:
+            raise InputError(
+                f"data.train_weights has {len(weights)} numbers for {num_sources} sources in data.train: give one each"
+            )
+        parts = [sources == i for i in range(num_sources)]
+        if empty := [i for i, part in enumerate(parts) if not part.any()]:
+            raise InputError(f"data.train: source {empty[0] + 1} of {num_sources} has no samples of its own")
+        mixed = [
+            ShuffledOrder(samples[part], seed + i, shards=shards[part], block_samples=block)
+            for i, part in enumerate(parts)
+        ]
+        order = MixedOrder(mixed, weights, seed)
+    if data.repeats > 1:
+        order = RepeatedOrder(order, data.repeats)
+    return LaneOrder(order, batch_size, lanes) if lanes > 1 else order
+
+
+@dataclass
+class ShardPlan:
+    """Which shards a node needs, by the position at which the step begins that reads them: what is fetched ahead."""
+
+    order: Order
+    shard_of: Int[np.ndarray, " n"]  # shard of each sample id
+    steps: range
+    batch_size: int
+    first: int  # this node reads places first, ..., stop - 1 of every batch
+    stop: int
+    remote: frozenset[int]  # the shards that have to be fetched
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in self.steps:
+            start = step * self.batch_size
+            shards = self.shard_of[self.order.ids(np.arange(start + self.first, start + self.stop))].tolist()
+            yield from ((start, shard) for shard in dict.fromkeys(shards) if shard in self.remote)
 
 
 def labelled_subset(labels: Int[np.ndarray, " n"], samples_per_class: int | None, seed: int) -> Int[np.ndarray, " m"]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from .augment import CenterCrop, Normalize, random_crop
+from .batches import Batch, Samples
 from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
 from .engine import Figures, Hooks, Task, train
@@ -20,13 +21,11 @@ from .errors import InputError
 from .export import ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .files import write_json
 from .hybrid import has_batch_norm, with_statistics_of
-from .index import ShardIndex
-from .loader import Batch, Samples
 from .log import RunLog
 from .mae import MaskedAutoencoder, attach_decoder
 from .masking import MaskSampler
 from .optim import build_adamw, build_schedule, decay_groups
-from .order import FileOrder, ShuffledOrder, labelled_subset
+from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
 from .released import load_encoder
 from .runs import write_run_files
@@ -77,10 +76,11 @@ def pretrain(config: PretrainConfig) -> Figures:
             f"predict: use at least {masks.block**2 / encoder.num_units:.3f}"
         )
     ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
-    order, crop = ShuffledOrder(ids, config.seed), random_crop(config.data, encoder.img_size)
-    samples = Samples(opened.train, order, crop, config.seed, config.data.in_chans, masks)
-    total_steps = steps_in("the run", config.steps, config.epochs, samples=len(ids), batch_size=config.batch_size)
-    schedule = build_schedule(config.optim, total_steps=total_steps, samples=len(ids), batch_size=config.batch_size)
+    order, crop = opened.training_order(ids, config.batch_size), random_crop(config.data, encoder.img_size)
+    samples = opened.samples(opened.train, order, crop, masks)
+    length = {"samples": len(order), "batch_size": config.batch_size}
+    total_steps = steps_in("the run", config.steps, config.epochs, **length)
+    schedule = build_schedule(config.optim, total_steps=total_steps, **length)
     task = PretrainTask(autoencoder, Normalize(spec.mean, spec.std))
     plain = {f"autoencoder.encoder.timm.{name}" for name in encoder.no_weight_decay}
     optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
@@ -108,8 +108,8 @@ def pretrain(config: PretrainConfig) -> Figures:
             print(f"batch norms are measured on {STATISTICS_IMAGES} whole images before every export", flush=True)
     if isinstance(autoencoder.target, PCATarget):
         _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
-    painter = Painter(config, task, masks, opened.val or opened.train, accelerator)
-    hooks = Hooks(painter.draw, config.picture_every_steps, export)
+    painter = Painter(opened, task, masks)
+    hooks = Hooks(painter.draw, config.picture_every_steps, export, opened.fetching)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         write_json(run_dir / "result.json", {"command": "pretrain", "finished": True, "steps": total_steps, **figures})
@@ -158,7 +158,7 @@ def _whole_images(samples: Samples, device: torch.device, count: int) -> Iterato
     count = min(count, len(samples.order))
     bounds = np.linspace(0, count, -(-count // 64) + 1).round().astype(int).tolist()
     for first, last in pairwise(bounds):
-        yield plain.__getitems__((first, last)).images.to(device)
+        yield plain.batch(first, last).images.to(device)
 
 
 def _fit_components(
@@ -178,20 +178,14 @@ def _fit_components(
 class Painter:
     """Draws what the autoencoder makes of some fixed images under fixed masks, on the main process."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        task: PretrainTask,
-        masks: MaskSampler,
-        index: ShardIndex,
-        accelerator: Accelerator,
-    ) -> None:
-        self.task, self.accelerator = task, accelerator
-        self.png = Path(config.run_dir) / "reconstructions.png"
+    def __init__(self, opened: Opened, task: PretrainTask, masks: MaskSampler) -> None:
+        self.task, self.accelerator = task, opened.accelerator
+        self.png = opened.run_dir / "reconstructions.png"
+        index = opened.val or opened.train
         picked = np.linspace(0, len(index) - 1, min(PICTURE_IMAGES, len(index))).astype(np.int64)  # from all shards
-        crop = CenterCrop(task.autoencoder.encoder.img_size, config.data.crop_pct)
-        samples = Samples(index, FileOrder(picked), crop, config.seed, config.data.in_chans, masks)
-        self.batch = samples.__getitems__((0, len(picked))) if accelerator.is_main_process else None
+        crop = CenterCrop(task.autoencoder.encoder.img_size, opened.config.data.crop_pct)
+        samples = opened.samples(index, FileOrder(picked), crop, masks)
+        self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None
 
     def draw(self, step: int, log: RunLog) -> Figures:
         """Writes reconstructions.png and the same picture to TensorBoard."""

@@ -21,7 +21,7 @@ from .files import remove_leftovers, write_json, write_text
 NEUTRAL = {
     "run_dir", "resume", "compile", "num_workers", "save_every_steps", "keep_states",
     "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
-    "data.max_bad_share",
+    "data.max_bad_share", "data.cache_dir", "data.cache_gb",
 }  # fmt: skip
 
 

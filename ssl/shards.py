@@ -11,9 +11,10 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,28 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from .config import ShardsConfig
 from .encode import Encoded, ImageEncoder
 from .errors import InputError
-from .files import remove_leftovers, replace_file, write_json, write_text
-from .index import DATASET_FILE
+from .files import replace_file, write_json
+from .patience import shown
 from .randoms import hashes
-from .sources import Source, SourceImage, read_source
+from .remote import fetch, is_remote
+from .shard_config import ReshardConfig, ShardsConfig
+from .shard_names import shard_paths, sources
+from .shard_records import (
+    JOURNAL_FILE,
+    deciding_options,
+    finish,
+    finished_dataset,
+    make_folder,
+    open_journal,
+    plan_of,
+    refuse_other_tars,
+    summary,
+)
+from .sources import InShard, Source, SourceImage, read_shards, read_source
 
-LEFT_OUT_FILE, JOURNAL_FILE = "left_out.jsonl", ".shards-in-progress.json"
+FETCHED_FOLDER = ".fetched"
 
 
 def write_shards(source: str, out_dir: str, config: ShardsConfig) -> dict[str, Any]:
@@ -38,80 +52,71 @@ def write_shards(source: str, out_dir: str, config: ShardsConfig) -> dict[str, A
 
     Raises InputError when the source has no images, or when `out_dir` holds other things.
     """
+    _check_options(config)
+    found = read_source(source, labels=config.labels, val_share=config.val_share, seed=config.seed)
+    return _write(found, Path(out_dir), config)
+
+
+def reshard(patterns: Sequence[str], out_dir: str, config: ReshardConfig) -> dict[str, Any]:
+    """Writes new shards of the images in shards, and returns as `write_shards`; those at addresses are fetched first.
+
+    Raises InputError when the shards hold no image, or when `out_dir` holds other things.
+    """
+    options, out = ShardsConfig(**dataclasses.asdict(config)), Path(out_dir)
+    _check_options(options)
+    paths = list(dict.fromkeys(path for source in sources(patterns) for path in shard_paths(source)))
+    if inside := [path for path in paths if Path(path).parent == out.absolute()]:
+        raise InputError(f"out_dir {out} holds {Path(inside[0]).name}, which is to be read: choose another folder")
+    request = hashlib.sha256(json.dumps([paths, deciding_options(options)]).encode()).hexdigest()[:16]
+    addresses = [path for path in paths if is_remote(path)]
+    dataset = finished_dataset(out, request, by="request") if addresses else None  # not to fetch them all again
+    if dataset is None:
+        if addresses:
+            refuse_other_tars(out)
+        local = {path: _local(path, out / FETCHED_FOLDER) for path in paths}
+        found = read_shards(local, val_share=config.val_share, seed=config.seed)
+        dataset = _write(found, out, options, {"request": request} if addresses else {})
+    else:
+        print(f"{out} is complete already: {summary(dataset)}")
+    shutil.rmtree(out / FETCHED_FOLDER, ignore_errors=True)
+    return dataset
+
+
+def _local(path: str, folder: Path) -> str:
+    """Returns a local path as it is, and for an address that of the shard fetched to `folder`, unless it is there."""
+    if not is_remote(path):
+        return path
+    file = folder / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.tar"
+    if not file.exists():
+        make_folder(folder)
+        print(f"fetching {shown(path)}", flush=True)
+        fetch(path, file)
+    return str(file.absolute())
+
+
+def _check_options(config: ShardsConfig) -> None:
     if config.shard_size_mb <= 0:
         raise InputError(f"shard_size_mb {config.shard_size_mb} is not positive")
     if config.resize is not None and config.resize < 1:
         raise InputError(f"resize {config.resize} is not a number of pixels")
     if not 1 <= config.quality <= 100:
         raise InputError(f"quality {config.quality} is not in 1-100")
-    found = read_source(source, labels=config.labels, val_share=config.val_share, seed=config.seed)
-    out = Path(out_dir)
-    plan = _plan(found, config)
-    if (dataset := _finished(out, plan)) is not None:
-        print(f"{out} is complete already: {_summary(dataset)}")
+
+
+def _write(found: Source, out: Path, config: ShardsConfig, more: dict[str, str] | None = None) -> dict[str, Any]:
+    """Writes the shards that are not written yet; dataset.json gets the entries in `more`, too."""
+    plan = plan_of(found, config)
+    if (dataset := finished_dataset(out, plan)) is not None:
+        print(f"{out} is complete already: {summary(dataset)}")
         return dataset
-    journal = _open_journal(out, plan)
+    journal = open_journal(out, plan)
     for split, images in found.splits.items():
         rank = hashes(config.seed, f"shards of {split}", np.arange(len(images)), 1)[:, 0]
         shuffled = [images[i] for i in np.argsort(rank, kind="stable")]
         for shard in _write_split(out, split, shuffled, config, journal["shards"]):
             journal["shards"].append(shard)
             write_json(out / JOURNAL_FILE, journal)
-    return _finish(out, found, journal)
-
-
-def _plan(found: Source, config: ShardsConfig) -> str:
-    """Returns a hash of everything that decides what the shards hold."""
-    digest = hashlib.sha256()
-    options = {key: value for key, value in dataclasses.asdict(config).items() if key != "num_workers"}
-    options["shard_size_mb"] = float(config.shard_size_mb)  # 256 and 256.0 are the same size
-    digest.update(json.dumps([options, found.classes]).encode())
-    for split, images in found.splits.items():
-        for image in images:
-            size = image.content.stat().st_size if isinstance(image.content, Path) and image.content.exists() else 0
-            digest.update(f"{split}\0{image.name}\0{image.label}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
-def _finished(out: Path, plan: str) -> dict[str, Any] | None:
-    """Returns what dataset.json holds when all shards of this plan are there; None when there is work to do."""
-    if not (out / DATASET_FILE).exists():
-        return None
-    dataset = _same_plan(out / DATASET_FILE, plan)
-    shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
-    for shard in shards:
-        path = out / shard["name"]
-        if not path.exists() or path.stat().st_size != shard["bytes"]:
-            raise InputError(f"{path} is missing or not as it was written: delete it all and run this again")
-    remove_leftovers(out)
-    (out / JOURNAL_FILE).unlink(missing_ok=True)
-    return dataset
-
-
-def _open_journal(out: Path, plan: str) -> dict[str, Any]:
-    """Returns the journal of an interrupted run of the same plan, or a new one, on disk before the first shard is."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out_dir {out} cannot be written ({error.strerror}): choose another one") from error
-    if (out / JOURNAL_FILE).exists():
-        journal = _same_plan(out / JOURNAL_FILE, plan)
-    elif any(out.glob("*.tar")):
-        raise InputError(f"{out} already holds tars that this command did not write: choose another folder")
-    else:
-        journal = {"plan": plan, "shards": []}
-        write_json(out / JOURNAL_FILE, journal)
-    remove_leftovers(out)
-    return journal
-
-
-def _same_plan(path: Path, plan: str) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    if found.get("plan") != plan:
-        raise InputError(
-            f"{path.parent} holds shards of other images or options: choose another folder, or delete this one"
-        )
-    return found
+    return finish(out, found, journal, more or {})
 
 
 def _write_split(
@@ -154,8 +159,7 @@ def _write_tar(path: Path, encoded: Iterator[Encoded], start: int, config: Shard
         try:
             for item in encoded:
                 if item.reason is None:
-                    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(item.image.name).stem)[:60]
-                    sample: dict[str, Any] = {"__key__": f"{position:08d}-{stem}", item.extension: item.data}
+                    sample: dict[str, Any] = {"__key__": _key(item.image, position), item.extension: item.data}
                     if item.image.label is not None:
                         sample["cls"] = str(item.image.label).encode()
                     tar.write(sample)
@@ -175,47 +179,13 @@ def _write_tar(path: Path, encoded: Iterator[Encoded], start: int, config: Shard
     return {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
 
 
+def _key(image: SourceImage, position: int) -> str:
+    """Returns a key of plain characters that no other image of the split has."""
+    stem = Path(image.name).stem
+    if isinstance(image.content, InShard):
+        stem = re.sub(r"^\d{8}-", "", stem)  # the position in the earlier shards
+    return f"{position:08d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
+
+
 def _as_it_is(item: Encoded) -> Encoded:
     return item
-
-
-def _finish(out: Path, found: Source, journal: dict[str, Any]) -> dict[str, Any]:
-    """Writes left_out.jsonl and dataset.json from the journal, and says what came out."""
-    left_out = [line for shard in journal["shards"] for line in shard["left_out"]]
-    shards = [shard for shard in journal["shards"] if shard["name"]]
-    if not shards:
-        raise InputError(f"none of the {len(left_out)} images could be read; the first: {left_out[0]}")
-    splits: dict[str, Any] = {}
-    for split in found.splits:
-        own = [shard for shard in shards if shard["split"] == split]
-        counts = Counter[str]()
-        for shard in own:
-            counts.update(shard["per_class"])
-        splits[split] = {
-            "samples": sum(shard["samples"] for shard in own),
-            "per_class": [counts[str(i)] for i in range(len(found.classes))] if found.classes else None,
-            "shards": [
-                {"name": s["name"], "samples": s["samples"], "bytes": (out / s["name"]).stat().st_size} for s in own
-            ],
-        }
-    dataset = {"plan": journal["plan"], "classes": found.classes, "splits": splits, "left_out": len(left_out)}
-    if left_out:
-        write_text(out / LEFT_OUT_FILE, "".join(json.dumps(line) + "\n" for line in left_out))
-        print(
-            f"left out {len(left_out)} unreadable images (listed in {out / LEFT_OUT_FILE}), among them:",
-            file=sys.stderr,
-        )
-        for line in left_out[:3]:
-            print(f"  {line['file']}: {line['reason']}", file=sys.stderr)
-    write_json(out / DATASET_FILE, dataset)
-    (out / JOURNAL_FILE).unlink(missing_ok=True)
-    print(f"{out}: {_summary(dataset)}")
-    return dataset
-
-
-def _summary(dataset: dict[str, Any]) -> str:
-    parts = [
-        f"{split} {info['samples']} images in {len(info['shards'])} shards" for split, info in dataset["splits"].items()
-    ]
-    classes = f"{len(dataset['classes'])} classes" if dataset["classes"] else "unlabelled"
-    return f"{', '.join(parts)}; {classes}"

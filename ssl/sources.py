@@ -1,26 +1,49 @@
-"""Where images come from before they are shards: a folder, scikit-learn's digits, or CIFAR-10."""
+"""Where images come from before they are new shards: a folder, scikit-learn's digits, CIFAR-10, or other shards."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .dataset_file import DATASET_FILE, read_dataset
+from .entries import UNLABELLED
 from .errors import InputError
+from .index import ShardIndex, open_index
+from .patience import shown
 from .randoms import hashes
 
 FILE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test")
 
 
+class InShard(NamedTuple):
+    """Where the bytes of an image lie in a tar."""
+
+    path: str
+    offset: int  # bytes from the start of the tar
+    size: int  # bytes
+
+    def read(self) -> bytes:
+        """Returns the bytes of the image file. Raises OSError."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            data = os.pread(descriptor, self.size, self.offset)
+        finally:
+            os.close(descriptor)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} ends {self.size - len(data)} bytes before the image does")
+        return data
+
+
 class SourceImage(NamedTuple):
     """An image before it is in a shard."""
 
-    name: str  # path below the source, or a number
+    name: str  # path below the source, or a number, or SHARD/KEY
     label: int | None
-    content: Path | np.ndarray  # a file, or uint8 pixels [H, W] or [H, W, 3]
+    content: Path | np.ndarray | InShard  # a file, or uint8 pixels [H, W] or [H, W, 3], or a part of a tar
 
 
 @dataclass(frozen=True)
@@ -28,7 +51,8 @@ class Source:
     """All images of a source, by split ("train", and "val" where there is one)."""
 
     splits: dict[str, list[SourceImage]]
-    classes: list[str] | None  # names in label order; None: unlabelled
+    classes: list[str] | None  # names in label order; None: unlabelled, or labels without names
+    damaged: list[dict[str, str]] = field(default_factory=list)  # parts of shards that cannot be read: file and reason
 
 
 def read_source(
@@ -38,14 +62,91 @@ def read_source(
 
     Raises InputError when there is nothing, or when the split or the labels asked for are not to be had.
     """
-    if val_share is not None and not 0 <= val_share < 1:
-        raise InputError(f"val_share {val_share} is not in [0, 1): it is a share of the images")
+    _check_share(val_share)
     if source == "digits":
         images, names = _digits(), [str(i) for i in range(10)]
         return Source(_split_by_share(images, 0.2 if val_share is None else val_share, seed), names)
     if source == "cifar10":
         return _cifar10(val_share, seed)
     return _folder(Path(source).expanduser(), labels, val_share, seed)
+
+
+def read_shards(paths: dict[str, str], *, val_share: float | None, seed: int) -> Source:
+    """Returns the images in shards: {path or address: the local file that it is, or was fetched to}.
+
+    Samples of shards that the dataset.json beside them lists as val are "val"; all others are "train".
+    Raises InputError when there is no image, a label has no class, or a share is asked for of what is split already.
+    """
+    _check_share(val_share)
+    index = open_index(list(paths.values()))
+    datasets = {folder: read_dataset(folder) for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths)}
+    val_shards = {f"{folder}/{name}" for folder, dataset in datasets.items() for name in _val_shards(dataset)}
+    splits: dict[str, list[SourceImage]] = {"train": [], "val": []}
+    for path, images in _images_in(index, paths):
+        splits["val" if path in val_shards else "train"] += images
+    splits = {split: images for split, images in splits.items() if images}
+    if val_share is not None and "val" in splits:
+        raise InputError(
+            f"{len(splits['val'])} of the images are val images by their {DATASET_FILE}: leave val_share out, or name "
+            "the train shards only"
+        )
+    if val_share:
+        splits = _split_by_share(splits["train"], val_share, seed)
+    shard_names = {local: shown(path).rpartition("/")[2] for path, local in paths.items()}
+    damaged = [
+        {"file": shard_names[x.shard], "reason": f"{x.reason} (byte {x.offset}, {x.size} bytes lost)"}
+        for x in index.defects
+        if x.size
+    ]
+    return Source(splits, _class_names(index, list(paths), datasets), damaged)
+
+
+def _images_in(index: ShardIndex, paths: dict[str, str]) -> Iterator[tuple[str, list[SourceImage]]]:
+    """Yields each shard's path or address, and the images in it."""
+    first = 0
+    counts = np.bincount(index.shard, minlength=len(paths)).tolist()
+    for (path, local), count in zip(paths.items(), counts, strict=True):
+        stop = first + count
+        shard = shown(path).rpartition("/")[2]
+        rows = zip(*(x[first:stop].tolist() for x in (index.label, index.offset, index.size)), strict=True)
+        images = []
+        for i, (label, offset, size) in enumerate(rows, first):
+            known_label = None if label == UNLABELLED else label
+            images.append(SourceImage(f"{shard}/{index.key(i)}", known_label, InShard(local, offset, size)))
+        yield path, images
+        first = stop
+
+
+def _val_shards(dataset: dict[str, Any]) -> set[str]:
+    """Returns the names of the shards that dataset.json lists as val; none when it is of another kind."""
+    try:
+        return {shard["name"] for shard in dataset["splits"]["val"]["shards"]}
+    except (KeyError, TypeError):
+        return set()
+
+
+def _class_names(index: ShardIndex, paths: list[str], datasets: dict[str, dict[str, Any]]) -> list[str] | None:
+    """Returns the class names in which all labelled shards agree; None when one of them has none."""
+    labelled = np.unique(index.shard[index.label != UNLABELLED]).tolist()
+    folders = dict.fromkeys(paths[i].rpartition("/")[0] for i in labelled)
+    named = {folder: datasets[folder].get("classes") for folder in folders}
+    lists = [names for names in named.values() if names]
+    if any(names != lists[0] for names in lists):
+        raise InputError(f"the shards in {' and '.join(map(shown, named))} have different classes: reshard them apart")
+    if not lists or len(lists) < len(named):
+        return None
+    if (largest := int(index.label.max())) >= len(lists[0]):
+        key = index.key(int(index.label.argmax()))
+        raise InputError(
+            f"{shown(next(iter(folders)))}/{DATASET_FILE} names {len(lists[0])} classes, but {key} has the label "
+            f"{largest}: mend the names, or delete the file to go without"
+        )
+    return lists[0]
+
+
+def _check_share(val_share: float | None) -> None:
+    if val_share is not None and not 0 <= val_share < 1:
+        raise InputError(f"val_share {val_share} is not in [0, 1): it is a share of the images")
 
 
 def _digits() -> list[SourceImage]:

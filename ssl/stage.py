@@ -1,16 +1,29 @@
 """What every stage opens before it starts, refusing early what is wrong: processes, run folder, shards, weights."""
 
+import atexit
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from jaxtyping import Int
 
-from .config import RunConfig
-from .engine import build_accelerator
+from .augment import CenterCrop, RandomCrop
+from .batches import Samples
+from .config import DataConfig, RunConfig
+from .engine import BAD_SAMPLES_ALLOWED, build_accelerator
+from .errors import InputError
 from .export import ModelSpec
-from .index import ShardIndex, open_index
+from .fetching import Fetching
+from .index import ShardIndex, open_index, refuse_damage
+from .log import append_jsonl
+from .masking import MaskSampler
+from .order import Order, build_order
 from .released import Weights, encoder_spec, read_weights
 from .runs import open_run
+from .shard_names import sources
+from .small_images import find_small_images
 
 
 @dataclass(frozen=True)
@@ -19,10 +32,34 @@ class Opened:
 
     accelerator: Accelerator
     run_dir: Path
+    config: RunConfig
     train: ShardIndex
     val: ShardIndex | None  # None: data.val is not given
     weights: Weights | None  # None: initial ones
     spec: ModelSpec  # of the encoder
+    fetching: Fetching
+
+    def training_order(self, ids: Int[np.ndarray, " n"], batch_size: int) -> Order:
+        """Returns the order in which these samples of `train` are trained on. Raises InputError."""
+        data, train = self.config.data, self.train
+        return build_order(
+            data,
+            ids,
+            shards=train.shard[ids],
+            sources=train.source[ids],
+            num_sources=len(sources(data.train)),
+            seed=self.config.seed,
+            batch_size=batch_size,
+            remote=train.cache is not None,
+        )
+
+    def samples(
+        self, index: ShardIndex, order: Order, transform: RandomCrop | CenterCrop, masks: MaskSampler | None = None
+    ) -> Samples:
+        """Returns what reads and crops the samples of `index` in this order."""
+        data = self.config.data
+        small = find_small_images(index, data.in_chans, cache_folder(data))
+        return Samples(index, order, transform, self.config.seed, data.in_chans, masks, small)
 
 
 def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) -> Opened:
@@ -32,9 +69,51 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
     """
     accelerator = build_accelerator(config.precision)
     run_dir = open_run(config)
+    data = config.data
     with accelerator.local_main_process_first():  # the first process writes the index, the others read it
-        train = open_index(config.data.train)
-        val = open_index(config.data.val) if config.data.val is not None else None
+        train = open_index(data.train, cache_dir=cache_folder(data))
+        val = open_index(data.val, cache_dir=cache_folder(data)) if data.val is not None else None
+        for index in (train, val):
+            if index is not None:
+                find_small_images(index, data.in_chans, cache_folder(data))
+    _check_damage(train, data.max_bad_share)
+    if val is not None:
+        refuse_damage(val)
+    fetching = Fetching(int(data.cache_gb * 1e9), accelerator.is_local_main_process)
+    atexit.register(fetching.close)
+    for index in (train, val):
+        if index is not None:
+            fetching.follow(index)
+    if accelerator.is_main_process:
+        _report_defects(train, run_dir)
     weights = read_weights(init) if init is not None else None
-    spec = encoder_spec(config.encoder, config.data, weights)
-    return Opened(accelerator, run_dir, train, val, None if untrained else weights, spec)
+    spec = encoder_spec(config.encoder, data, weights)
+    return Opened(accelerator, run_dir, config, train, val, None if untrained else weights, spec, fetching)
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Returns the folder for what is kept of remote shards, and for decoded images beside shards that are read-only."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quarterlight" / "shards"
+
+
+def _check_damage(index: ShardIndex, max_bad_share: float) -> None:
+    """Raises InputError when more of the tars is lost than samples may be unreadable."""
+    lost = index.samples_lost()
+    if lost > max(BAD_SAMPLES_ALLOWED, max_bad_share * (len(index) + lost)):
+        raise InputError(
+            f"about {lost} of {len(index) + lost} samples are lost in damaged shards (data.max_bad_share is "
+            f"{max_bad_share}); {'; '.join(index.describe_defects())}: fetch or write them again, or raise it"
+        )
+
+
+def _report_defects(index: ShardIndex, run_dir: Path) -> None:
+    """Says what is wrong with the shards, and lists it in bad_samples.jsonl, once a run."""
+    if not index.defects:
+        return
+    lost = index.samples_lost()
+    head = f"about {lost} samples are lost in damaged shards:" if lost else "odd about the shards:"
+    print("\n  ".join([head, *index.describe_defects()]), flush=True)
+    if not (run_dir / "bad_samples.jsonl").exists():
+        append_jsonl(run_dir / "bad_samples.jsonl", [{"step": -1, **d._asdict()} for d in index.defects])

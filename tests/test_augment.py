@@ -19,9 +19,10 @@ from quarterlight.ssl.augment import (
     RandomCrop,
     random_crop,
     random_crop_box,
-    resize_crop,
+    resize,
 )
 from quarterlight.ssl.config import DataConfig
+from quarterlight.ssl.decode import Box, ImageFile
 from quarterlight.ssl.randoms import uniforms
 
 BOX_DRAWS = 2 * CROP_TRIES + 2
@@ -128,14 +129,14 @@ def test_resizing_equals_pil_within_rounding(shape, box, size, channels):
     part = pixels[top : top + height, left : left + width]
     part = Image.fromarray(part if channels == 3 else part.squeeze(2))
     expected = np.array(part.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, channels)
-    ours = resize_crop(pixels, box, size)
+    ours = resize(ImageFile.of_pixels(pixels).crop(Box(*box), size), size)
     assert ours.dtype == torch.uint8 and ours.shape == expected.shape
     assert psnr(ours, expected) >= 40
 
 
 def test_a_box_of_the_wanted_size_is_cut_out_unchanged():
     pixels = photo(20, 30)
-    assert np.array_equal(resize_crop(pixels, (3, 5, 8, 9), (8, 9)), pixels[3:11, 5:14])
+    assert np.array_equal(resize(ImageFile.of_pixels(pixels).crop(Box(3, 5, 8, 9), (8, 9)), (8, 9)), pixels[3:11, 5:14])
 
 
 @pytest.mark.parametrize("shape", [(100, 140), (140, 100), (96, 96), (45, 61), (20, 16), (300, 50)])
@@ -148,7 +149,7 @@ def test_the_center_crop_equals_resize_and_center_crop_of_torchvision_on_pil(sha
             transforms.CenterCrop(size),
         ]
     )
-    ours = CenterCrop((size, size), crop_pct)(pixels, np.empty(0))
+    ours = CenterCrop((size, size), crop_pct)(ImageFile.of_pixels(pixels), np.empty(0))
     expected = np.array(reference(Image.fromarray(pixels)))
     assert ours.shape == expected.shape
     assert psnr(ours, expected) >= 40
@@ -160,7 +161,7 @@ def test_the_center_crop_equals_resize_and_center_crop_of_torchvision_on_pil(sha
 def test_a_center_crop_of_any_shape_has_its_size_and_keeps_the_center(shape, size, crop_pct):
     y, x = np.mgrid[: shape[0], : shape[1]]
     ramp = np.stack([255 * (y + 0.5) / shape[0], 255 * (x + 0.5) / shape[1], 0 * x], -1).astype(np.uint8)
-    cut = CenterCrop(size, crop_pct)(ramp, np.empty(0)).float()
+    cut = CenterCrop(size, crop_pct)(ImageFile.of_pixels(ramp), np.empty(0)).float()
     assert cut.shape == (*size, 3)
     assert (cut[:, :, :2].mean((0, 1)) - 127.5).abs().max() < 255 * 0.75 / min(*shape, *size) + 1
 
@@ -174,17 +175,19 @@ def test_a_random_crop_has_its_size_and_depends_on_its_draws_alone(channels):
     pixels = photo(40, 50, channels=channels)
     before = pixels.copy()
     for u in draws(10, RandomCrop.num_draws):
-        first = crop()(pixels, u).clone()
+        first = crop()(ImageFile.of_pixels(pixels), u).clone()
         assert first.shape == (16, 24, channels) and first.dtype == torch.uint8
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
-        assert torch.equal(crop()(pixels, u), first)
+        assert torch.equal(crop()(ImageFile.of_pixels(pixels), u), first)
     assert np.array_equal(pixels, before)
 
 
 def test_a_flip_mirrors_the_image_and_nothing_else():
     pixels = photo(40, 50)
     for u in draws(5, RandomCrop.num_draws):
-        assert torch.equal(crop(hflip=1.0)(pixels, u), crop(hflip=0.0)(pixels, u).flip(1))
+        assert torch.equal(
+            crop(hflip=1.0)(ImageFile.of_pixels(pixels), u), crop(hflip=0.0)(ImageFile.of_pixels(pixels), u).flip(1)
+        )
 
 
 def test_flips_are_as_frequent_as_asked_for_and_independent_of_the_box():
@@ -192,7 +195,7 @@ def test_flips_are_as_frequent_as_asked_for_and_independent_of_the_box():
     pixels[:, 5:] = 255
     whole = crop(size=(8, 9), scale=(1.0, 1.0), ratio=(9 / 8, 9 / 8), hflip=0.3)
     u = draws(3000, RandomCrop.num_draws)
-    flipped = np.array([bool(whole(pixels, row)[0, 0, 0]) for row in u])
+    flipped = np.array([bool(whole(ImageFile.of_pixels(pixels), row)[0, 0, 0]) for row in u])
     assert abs(flipped.mean() - 0.3) < 0.03
     tops = [random_crop_box(100, 100, row[2:], (0.2, 1.0), (0.75, 4 / 3))[0] for row in u]
     assert abs(np.corrcoef(flipped, tops)[0, 1]) < 0.06
@@ -210,24 +213,24 @@ def test_a_policy_depends_on_its_draws_alone_and_survives_pickling():
     pixels = photo(40, 50)
     augment = crop(auto_augment=POLICY)
     u = draws(12, RandomCrop.num_draws)
-    first = [augment(pixels, row) for row in u]
+    first = [augment(ImageFile.of_pixels(pixels), row) for row in u]
     copy = pickle.loads(pickle.dumps(augment))
-    assert all(torch.equal(copy(pixels, u[i]), first[i]) for i in reversed(range(12)))
-    plain = [crop()(pixels, row) for row in u]
+    assert all(torch.equal(copy(ImageFile.of_pixels(pixels), u[i]), first[i]) for i in reversed(range(12)))
+    plain = [crop()(ImageFile.of_pixels(pixels), row) for row in u]
     assert sum(not torch.equal(a, b) for a, b in zip(first, plain, strict=True)) >= 8
 
 
 def test_a_policy_leaves_the_global_generators_as_they_were():
     random.seed(5), np.random.seed(5)
     before = random.getstate(), np.random.get_state()[1].tolist()
-    crop(auto_augment=POLICY)(photo(40, 50), draws(1, RandomCrop.num_draws)[0])
+    crop(auto_augment=POLICY)(ImageFile.of_pixels(photo(40, 50)), draws(1, RandomCrop.num_draws)[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 def test_a_policy_works_on_grey_images():
     pixels = photo(40, 50, channels=1)
     for u in draws(30, RandomCrop.num_draws):
-        assert crop(auto_augment=POLICY)(pixels, u).shape == (16, 24, 1)
+        assert crop(auto_augment=POLICY)(ImageFile.of_pixels(pixels), u).shape == (16, 24, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from quarterlight.finetune.features import extract, pooled
 from quarterlight.ssl.augment import CenterCrop, Normalize
+from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.engine import build_accelerator
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
-from quarterlight.ssl.loader import Samples
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.vit import ViTEncoder
 
@@ -57,7 +57,7 @@ def extracted(
 def plain(patterns: str) -> tuple[dict[str, Tensor], Tensor]:
     """The same features, image by image, through timm's own forward."""
     model, read = encoder().timm, samples(patterns)
-    batches = [read.__getitems__((i, i + 1)) for i in range(len(read.order))]
+    batches = [read.batch(i, i + 1) for i in range(len(read.order))]
     with torch.no_grad():
         tokens = torch.cat([model.forward_features(NORMALIZE(batch.images)) for batch in batches])
     return {"avg": tokens[:, 1:].mean(dim=1), "token": tokens[:, 0]}, torch.cat([batch.labels for batch in batches])

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from quarterlight.ssl.loader import BadSample, Batch
+from quarterlight.ssl.batches import BadSample, Batch
 from quarterlight.ssl.log import RunLog, append_jsonl
 from quarterlight.ssl.meter import Meter
 
@@ -218,7 +218,7 @@ IN_TWO_PROCESSES = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from quarterlight.ssl.loader import BadSample, Batch
+from quarterlight.ssl.batches import BadSample, Batch
 from quarterlight.ssl.meter import Meter
 
 accelerator = Accelerator(cpu=True)

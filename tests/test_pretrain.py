@@ -27,15 +27,16 @@ from quarterlight.finetune.classify import finetune
 from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.finetune.linear_probe import linear_probe
 from quarterlight.ssl.augment import Normalize, random_crop
+from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import DataConfig, PretrainConfig
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.index import open_index
-from quarterlight.ssl.loader import Samples
 from quarterlight.ssl.masking import Masking
 from quarterlight.ssl.order import ShuffledOrder
 from quarterlight.ssl.pos_embed import sincos_pos_embed
 from quarterlight.ssl.pretrain import pretrain
+from quarterlight.ssl.small_images import find_small_images
 from quarterlight.ssl.targets import PCATarget
 
 
@@ -258,8 +259,9 @@ def crops(shards: tuple[str, str], config: DataConfig, size: int, count: int) ->
     """Returns the normalized training crops of the first positions of a run with seed 0."""
     index = open_index(shards[0])
     order = ShuffledOrder(np.arange(len(index)), 0)
-    samples = Samples(index, order, random_crop(config, (size, size)), 0)
-    return Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(samples.__getitems__((0, count)).images)
+    small = find_small_images(index, 3, Path(index.paths[0]).parent)
+    samples = Samples(index, order, random_crop(config, (size, size)), 0, small=small)
+    return Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(samples.batch(0, count).images)
 
 
 PCA = {"target": "pca", "pca_components": "12", "optim.base_lr": "1e-1"}

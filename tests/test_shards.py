@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ import pytest
 import webdataset
 from conftest import KILLED_BEFORE
 from PIL import Image
+from test_verify import publish
+from test_verify import served as served
 
-from quarterlight.ssl.config import ShardsConfig
+from quarterlight.ssl import make_index
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import class_names, open_index
+from quarterlight.ssl.make_index import write_index
+from quarterlight.ssl.shard_config import IndexConfig, ReshardConfig, ShardsConfig
+from quarterlight.ssl.shards import reshard as reshard_in_process
 from quarterlight.ssl.shards import write_shards
+from quarterlight.ssl.sidecar import pack, read_sidecar, unpack
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "shards.py"
 LEFT_OUT, DATASET = "left_out.jsonl", "dataset.json"
@@ -102,7 +109,7 @@ def test_our_index_reads_what_webdataset_reads(tmp_path):
     ours = [(index.key(i), index.read(i), int(index.label[i])) for i in range(len(index))]
     theirs = [(x["__key__"], image_of(x), int(x["cls"])) for x in seen_by_webdataset(tmp_path / "out")]
     assert ours == theirs
-    assert class_names(index.paths) == ["cat", "dog", "elk"]
+    assert class_names(index) == ["cat", "dog", "elk"]
 
 
 def test_a_flat_folder_gives_shards_without_labels(tmp_path):
@@ -403,7 +410,7 @@ def test_a_long_run_of_damage_makes_no_empty_shard(tmp_path):
 KILLED_EVERYWHERE = """
 import contextlib, io, json, os, shutil, signal, sys
 from pathlib import Path
-from quarterlight.ssl.config import ShardsConfig
+from quarterlight.ssl.shard_config import ShardsConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.shards import write_shards
 
@@ -524,3 +531,301 @@ def test_every_option_decides_the_plan_but_the_number_of_workers(tmp_path):
         plans[name] = write(source, tmp_path / name, **{name: value})["plan"]
     assert plans.pop("num_workers") == plain
     assert len({plain, *plans.values()}) == len(plans) + 1
+
+
+# Shards out of shards.
+
+
+def reshard(patterns: Path | str | list[str], out: Path, **options: Any) -> dict[str, Any]:
+    given = patterns if isinstance(patterns, list) else [str(patterns)]
+    options = {"num_workers": 0, "shard_size_mb": 0.01} | options
+    return reshard_in_process(given, str(out), ReshardConfig(**options))
+
+
+def labelled_images(folder: Path, split: str = "train") -> dict[bytes, int | None]:
+    samples = seen_by_webdataset(folder, split)
+    return {image_of(x): int(x["cls"]) if "cls" in x else None for x in samples}
+
+
+def test_resharded_are_the_same_images_labels_and_classes_shuffled_over_all(tmp_path):
+    write(animals(tmp_path / "in", 60), tmp_path / "old", val_share=0.1)
+    dataset = reshard(tmp_path / "old" / "*.tar", tmp_path / "new", shard_size_mb=0.02, seed=5)
+    old, new = (json.loads((tmp_path / name / DATASET).read_text()) for name in ("old", "new"))
+    assert dataset == new
+    assert new["classes"] == old["classes"] == ["cat", "dog", "elk"]
+    for split in ("train", "val"):
+        assert labelled_images(tmp_path / "new", split) == labelled_images(tmp_path / "old", split)
+        assert new["splits"][split]["per_class"] == old["splits"][split]["per_class"]
+    assert len(new["splits"]["train"]["shards"]) < len(old["splits"]["train"]["shards"])
+    keys = [sample["__key__"] for sample in seen_by_webdataset(tmp_path / "new")]
+    assert [key[:8] for key in keys] == [f"{i:08d}" for i in range(54)]
+    assert all(re.fullmatch(r"\d{8}-\d{3}", key) for key in keys), "keys grow with every resharding"
+    from_old = [sample["__key__"][9:] for sample in seen_by_webdataset(tmp_path / "old")]
+    first_half = set(from_old[:27])
+    assert 5 < len(first_half & {key[9:] for key in keys[:27]}) < 22
+
+
+def test_labels_are_kept_where_no_names_are_known(tmp_path):
+    write(animals(tmp_path / "in", 12), tmp_path / "old")
+    (tmp_path / "old" / DATASET).unlink()
+    dataset = reshard(tmp_path / "old" / "*.tar", tmp_path / "new")
+    assert dataset["classes"] is None
+    assert dataset["splits"]["train"]["per_class"] == [4, 4, 4]
+    assert labelled_images(tmp_path / "new") == {encoded(i): i % 3 for i in range(12)}
+
+
+def test_shards_without_labels_stay_so(tmp_path):
+    write(fill(tmp_path / "in", {f"{i}.jpg": encoded(i) for i in range(5)}), tmp_path / "old")
+    dataset = reshard(tmp_path / "old" / "*.tar", tmp_path / "new")
+    assert dataset["classes"] is None
+    assert dataset["splits"]["train"]["per_class"] is None
+    assert labelled_images(tmp_path / "new") == {encoded(i): None for i in range(5)}
+
+
+def test_several_sources_become_one_set(tmp_path):
+    write(animals(tmp_path / "in a", 9), tmp_path / "a")
+    write(fill(tmp_path / "in b", {f"{i}.jpg": encoded(100 + i) for i in range(4)}), tmp_path / "b")
+    dataset = reshard(f"{tmp_path}/a/*.tar::{tmp_path}/b/*.tar", tmp_path / "new", val_share=0.25)
+    assert dataset["classes"] == ["cat", "dog", "elk"]
+    assert {split: info["samples"] for split, info in dataset["splits"].items()} == {"train": 10, "val": 3}
+    found = labelled_images(tmp_path / "new") | labelled_images(tmp_path / "new", "val")
+    assert found == {encoded(i): i % 3 for i in range(9)} | {encoded(100 + i): None for i in range(4)}
+
+
+def test_resharding_makes_images_smaller_and_lists_what_cannot_be_read(tmp_path, capsys):
+    source = fill(tmp_path / "in", {f"{i}.jpg": encoded(i, height=60, width=80) for i in range(8)})
+    write(source, tmp_path / "old", shard_size_mb=1.0)
+    tar = tmp_path / "old" / "train-000000.tar"
+    with tarfile.open(tar) as opened:
+        members = opened.getmembers()
+    data = bytearray(tar.read_bytes())
+    data[members[2].offset + 148] ^= 1  # a header, and an image
+    data[members[5].offset_data + 30 : members[5].offset_data + 400] = bytes(370)
+    tar.write_bytes(data)
+    dataset = reshard(tar, tmp_path / "new", resize=30)
+    samples = seen_by_webdataset(tmp_path / "new")
+    assert len(samples) == dataset["splits"]["train"]["samples"] == 6
+    assert {Image.open(io.BytesIO(sample["jpg"])).size for sample in samples} == {(40, 30)}
+    listed = [json.loads(line) for line in (tmp_path / "new" / LEFT_OUT).read_text().splitlines()]
+    assert [line["file"] for line in listed] == [tar.name, f"{tar.name}/{members[5].name.removesuffix('.jpg')}"]
+    assert f"a damaged header (byte {members[2].offset}, " in listed[0]["reason"]
+    assert dataset["left_out"] == 2
+    assert "left out 1 unreadable images and 1 damaged parts of shards" in capsys.readouterr().err
+
+
+def test_a_finished_resharding_is_complete_and_other_sources_are_refused(tmp_path, capsys):
+    write(animals(tmp_path / "in", 12), tmp_path / "old")
+    dataset = reshard(tmp_path / "old" / "*.tar", tmp_path / "new")
+    before = content(tmp_path / "new")
+    assert reshard(tmp_path / "old" / "*.tar", tmp_path / "new", num_workers=1) == dataset
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="other images or options"):
+        reshard(tmp_path / "old" / "*.tar", tmp_path / "new", seed=1)
+    fill(tmp_path / "in", {"elk/new.jpg": encoded(99)})
+    write(tmp_path / "in", tmp_path / "other")
+    with pytest.raises(InputError, match="other images or options"):
+        reshard(tmp_path / "other" / "*.tar", tmp_path / "new")
+    assert content(tmp_path / "new") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": 0}, "resize 0 is not a number of pixels"),
+        ({"quality": 0}, "quality 0 is not in 1-100"),
+        ({"shard_size_mb": 0.0}, "shard_size_mb 0.0 is not positive"),
+        ({"val_share": 1.0}, "val_share 1.0 is not in"),
+        ({"val_share": 0.5}, "3 of the images are val images by their dataset.json: leave val_share out"),
+    ],
+    ids=str,
+)
+def test_resharding_refuses_numbers_out_of_range(tmp_path, options, message):
+    write(animals(tmp_path / "in", 12), tmp_path / "old", val_share=0.25)
+    with pytest.raises(InputError, match=re.escape(message)):
+        reshard(tmp_path / "old" / "*.tar", tmp_path / "new", **options)
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_resharding_refuses_what_it_cannot_read_or_write(tmp_path):
+    old = tmp_path / "old"
+    write(animals(tmp_path / "in", 12), old)
+    with pytest.raises(InputError, match="old holds train-000000.tar, which is to be read: choose another folder"):
+        reshard(old / "*.tar", old)
+    with pytest.raises(InputError, match="old is a folder; name its tars"):
+        reshard(old, tmp_path / "new")
+    fill(tmp_path / "full", {"mine.tar": b"foreign"})
+    with pytest.raises(InputError, match="already holds tars"):
+        reshard(old / "*.tar", tmp_path / "full")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="out_dir .*file cannot be written"):
+        reshard(old / "*.tar", tmp_path / "file")
+
+
+def test_class_names_that_do_not_fit_are_refused(tmp_path):
+    write(animals(tmp_path / "in", 9), tmp_path / "a")
+    write(fill(tmp_path / "in b", {f"{x}/{x}.jpg": encoded(i) for i, x in enumerate("xyz")}), tmp_path / "b")
+    with pytest.raises(InputError, match="have different classes: reshard them apart"):
+        reshard([f"{tmp_path}/a/*.tar", f"{tmp_path}/b/*.tar"], tmp_path / "new")
+    record = json.loads((tmp_path / "b" / DATASET).read_text())
+    (tmp_path / "b" / DATASET).write_text(json.dumps(record | {"classes": ["x", "y"]}))
+    with pytest.raises(InputError, match="names 2 classes, but .*-z has the label 2: mend the names"):
+        reshard(f"{tmp_path}/b/*.tar", tmp_path / "new")
+
+
+RESHARD_KILLED_EVERYWHERE = (
+    KILLED_EVERYWHERE.replace("write_shards(source, str(out), config)", "reshard([source], str(out), config)")
+    .replace("import write_shards", "import reshard")
+    .replace("ShardsConfig", "ReshardConfig")
+    .replace(", val_share=0.2", "")
+)
+
+
+def test_a_kill_at_any_moment_of_resharding_and_the_same_call_again_give_the_same_files(tmp_path):
+    write(animals(tmp_path / "in", 8), tmp_path / "old", val_share=0.25)
+    source = str(tmp_path / "old" / "*.tar")
+    command = [sys.executable, "-c", KILLED_BEFORE + RESHARD_KILLED_EVERYWHERE, source, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected, outcomes = json.loads(done.stdout)
+    assert {"dataset.json", "train-000000.tar", "val-000000.tar"} <= set(expected)
+    assert len(outcomes) > 20
+    assert {len([name for name in present if name.endswith(".tar")]) for present, _ in outcomes} >= {0, 1, 2}
+    assert not [wrong for _, wrong in outcomes if wrong]
+
+
+def test_the_commands_make_new_shards_and_their_index(tmp_path):
+    write(animals(tmp_path / "in", 12), tmp_path / "old")
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
+    made = run(command("reshard", "old/train-000000.tar", "old/train-000001.tar", "new", "--num_workers", 1))
+    assert made.returncode == 0, made.stderr
+    assert len(labelled_images(tmp_path / "new")) == len(open_index(str(tmp_path / "old" / "train-00000[01].tar")))
+    indexed = run(command("index", "new/*.tar"))
+    assert indexed.returncode == 0, indexed.stderr
+    assert re.fullmatch(r".*new/index.npz: \d+ samples in 1 shard\n", indexed.stdout)
+
+
+def test_shards_at_an_address_are_fetched_once_and_not_for_nothing(served, tmp_path, capsys):
+    write(animals(tmp_path / "in", 12), tmp_path / "old")
+    address = publish(served, tmp_path / "old")
+    shards = f"{address}/train-{{000000..000002}}.tar"
+    dataset = reshard(shards, tmp_path / "new")
+    assert dataset["classes"] == ["cat", "dog", "elk"]
+    assert labelled_images(tmp_path / "new") == {encoded(i): i % 3 for i in range(12)}
+    assert not [name for name in content(tmp_path / "new") if name.startswith(".")]
+    assert sorted(x for x in served.requests if x.endswith(".tar")) == [
+        f"GET /data/train-00000{i}.tar" for i in range(3)
+    ]
+    served.files.clear()
+    assert reshard(shards, tmp_path / "new") == dataset
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="other images or options"):
+        reshard(shards, tmp_path / "new", resize=8)
+
+
+# index.npz by a command.
+
+
+def index(*patterns: object, out: Path | None = None) -> None:
+    write_index(list(map(str, patterns)), IndexConfig(out=str(out) if out else None))
+
+
+def test_an_index_is_scanned_anew_and_keeps_what_it_knew_of_other_shards(tmp_path, capsys):
+    write(animals(tmp_path / "in", 30), tmp_path / "out")
+    open_index(str(tmp_path / "out" / "*.tar"))
+    known = read_sidecar(tmp_path / "out")
+    wrong = {stamp: dataclasses.replace(entries, label=entries.label + 1) for stamp, entries in known.items()}
+    (tmp_path / "out" / "index.npz").write_bytes(pack(wrong))
+    index(tmp_path / "out" / "train-000001.tar")
+    assert capsys.readouterr().out.endswith("samples in 1 shard\n")
+    found = read_sidecar(tmp_path / "out")
+    assert found.keys() == known.keys()
+    for stamp, entries in found.items():
+        is_new = stamp[0] == "train-000001.tar"
+        assert entries.label.tolist() == (known if is_new else wrong)[stamp].label.tolist()
+
+
+def test_an_index_goes_where_it_is_told(tmp_path):
+    write(animals(tmp_path / "in", 6), tmp_path / "out")
+    before = content(tmp_path / "out")
+    for out in (tmp_path / "folder", tmp_path / "some" / "file.npz"):
+        index(tmp_path / "out" / "*.tar", out=out)
+    assert content(tmp_path / "out") == before
+    assert len(unpack((tmp_path / "folder" / "index.npz").read_bytes())) == 2
+    assert len(unpack((tmp_path / "some" / "file.npz").read_bytes())) == 2
+
+
+def test_an_index_of_an_address_is_written_there_or_here(served, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write(animals(tmp_path / "in", 12), tmp_path / "out")
+    address = publish(served, tmp_path / "out")
+    for name in ("index.npz", "index-2.npz"):
+        index(f"{address}/train-{{000000..000002}}.tar")
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"{name}: 12 samples in 3 shards; put it beside the shards, as {address}/index.npz (")
+    written: dict[str, bytes] = {}
+    monkeypatch.setattr(make_index, "write_remote", written.__setitem__)
+    served.files["/data/index.npz"] = Path("index.npz").read_bytes()
+    index(f"{address}/train-000001.tar")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{address}/index.npz: ")
+    assert unpack(written[f"{address}/index.npz"]).keys() == unpack(Path("index.npz").read_bytes()).keys()
+    local = open_index(str(tmp_path / "out" / "*.tar"))
+    entries = unpack(Path("index.npz").read_bytes()).values()
+    assert np.concatenate([x.offset for x in entries]).tolist() == local.offset.tolist()
+
+
+def test_an_index_that_cannot_be_made_is_refused_in_one_sentence(tmp_path):
+    write(animals(tmp_path / "in", 3), tmp_path / "a")
+    write(animals(tmp_path / "in", 3), tmp_path / "b")
+    with pytest.raises(InputError, match="takes one index, and the shards lie in 2 folders: index each by itself"):
+        index(tmp_path / "a" / "*.tar", tmp_path / "b" / "*.tar", out=tmp_path)
+    (tmp_path / "page.tar").write_bytes(b"<html>" * 200)
+    with pytest.raises(InputError, match="page.tar: not a tar"):
+        index(tmp_path / "page.tar")
+    with pytest.raises(InputError, match="cannot be written"):
+        index(tmp_path / "a" / "*.tar", out=tmp_path / "page.tar" / "index.npz")
+    with pytest.raises(InputError, match="nowhere.tar does not exist"):
+        index(tmp_path / "nowhere.tar")
+
+
+# Sub-commands.
+
+
+def test_the_help_lists_the_sub_commands_and_each_has_its_own():
+    shown = subprocess.run(command("--help"), capture_output=True, text=True).stdout
+    for name, text in {
+        "verify": "reads and decodes",
+        "repair": "rewrites",
+        "reshard": "makes new",
+        "index": "writes",
+    }.items():
+        assert re.search(rf"^  {name} SHARDS\.\.\. .*{text}", shown, re.MULTILINE)
+        own = subprocess.run(command(name, "--help"), capture_output=True, text=True).stdout
+        assert f"shards.py {name} SHARDS..." in own
+        assert ("--report" in own) == (name == "verify") and ("--resize" in own) == (name == "reshard")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("verfy", "a.tar"), "verfy is no folder and no sub-command. Did you mean verify?"),
+        (("--seed", "1", "verify", "a.tar"), "the sub-command verify comes first, before its options"),
+        (("verify", "a.tar", "--reprot", "x"), "unknown option reprot. Did you mean report?"),
+        (("repair",), "the following arguments are required: shards"),
+        (("reshard", "a.tar"), "the following arguments are required: out_dir"),
+        (("reshard", "a.tar", "out", "--resize", "small"), "resize is small: it must be a whole number or null"),
+    ],
+)
+def test_a_mistaken_sub_command_is_answered_in_one_line(tmp_path, words, message):
+    done = subprocess.run(command(*words), capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_with_the_name_of_a_sub_command_is_a_folder(tmp_path):
+    animals(tmp_path / "verify", 3)
+    words = command("./verify", "out", "--num_workers", 0)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(seen_by_webdataset(tmp_path / "out")) == 3

@@ -1,0 +1,31 @@
+"""dataset.json beside shards: their classes, splits and counts, as `launch/shards.py` leaves them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .patience import shown
+from .remote import is_remote, read_remote
+
+DATASET_FILE = "dataset.json"
+LEFT_OUT_FILE = "left_out.jsonl"  # beside it: what could not be read, and why
+
+
+def read_dataset(folder: str) -> dict[str, Any]:
+    """Returns what the dataset.json of a folder, or of an address, holds; {} where there is none.
+
+    Raises InputError when it is no JSON object.
+    """
+    file = f"{folder}/{DATASET_FILE}"
+    data = read_remote(file) if is_remote(file) else Path(file).read_bytes() if os.path.isfile(file) else None
+    if data is None:
+        return {}
+    try:
+        dataset = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{shown(file)} is no JSON ({error}): copy it again, or delete it") from error
+    if not isinstance(dataset, dict):
+        raise InputError(f"{shown(file)} is no JSON object, but {data[:20]!r}: copy it again, or delete it")
+    return dataset

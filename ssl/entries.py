@@ -1,0 +1,111 @@
+"""The samples of one shard: which files of the tar belong together, and the label of each."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from .errors import InputError
+from .tar_scan import Defect, Member, scan_tar
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_EXTENSIONS = ("cls", "json", "txt")
+LONGEST_LABEL = 1 << 20  # bytes; a JSON of captions is far below it
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class ShardEntries:
+    """The samples of one shard, in file order."""
+
+    offset: Int[np.ndarray, " n"]  # of the image's bytes, from the start of the tar
+    size: Int[np.ndarray, " n"]  # bytes
+    label: Int[np.ndarray, " n"]  # class number, or UNLABELLED
+    keys: list[str]
+    defects: list[Defect]
+
+
+Sample = dict[str, Member]  # the files of a sample by extension
+
+
+def scan_shard(path: Path) -> ShardEntries:
+    """Returns the samples of a tar that hold an image, and what is wrong with the tar. Raises InputError for no tar."""
+    members, defects = scan_tar(path)
+    if not members and (defects or not path.stat().st_size):
+        with path.open("rb") as file:
+            start = file.read(24)
+        what = f"it begins with {start!r}" if start else "it is empty"
+        raise InputError(f"{path}: not a tar ({what}); fetch or write it again, or leave it out")
+    samples, odd = group(members)
+    rows: list[tuple[int, int, int]] = []
+    keys = []
+    with path.open("rb") as file:
+        for key, sample in samples:
+            image = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
+            if image is not None:
+                label, defect = _label(file.fileno(), sample, key)
+                rows.append((image.offset, image.size, label))
+                keys.append(key)
+                odd += [defect] if defect else []
+    offset, size, label = np.array(rows, np.int64).reshape(-1, 3).T.copy()
+    return ShardEntries(offset, size, label, keys, defects + odd)
+
+
+def group(members: Sequence[Member]) -> tuple[list[tuple[str, Sample]], list[Defect]]:
+    """Returns the files by sample, with its key, in the order of their first files, and what was odd about them.
+
+    Files are one sample when their names are the same up to the first dot of the base name. Differs from webdataset:
+    they may lie apart, since an index finds them all the same (webdataset would take them for two samples).
+    """
+    samples: list[tuple[str, Sample]] = []
+    latest: dict[str, int] = {}
+    apart: list[Member] = []
+    repeated: list[Member] = []
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem or not extension:  # dot files and bare names are no part of a sample, as in webdataset
+            continue
+        key = (f"{folder}/{stem}" if folder else stem).replace("\n", " ")  # the sidecar holds a key a line
+        extension = extension.lower()
+        at = latest.get(key)
+        if at is None or extension in samples[at][1]:
+            repeated += [] if at is None else [member]
+            latest[key] = at = len(samples)
+            samples.append((key, {}))
+        elif at != len(samples) - 1:
+            apart.append(member)
+        samples[at][1][extension] = member
+    odd = []
+    for found, what in ((apart, "lie apart from the other files of their sample"), (repeated, "are there twice")):
+        if found:
+            odd.append(Defect(found[0].offset, 0, f"{len(found)} files {what}, the first: {found[0].name!r}"))
+    return samples, odd
+
+
+def _label(descriptor: int, sample: Sample, key: str) -> tuple[int, Defect | None]:
+    """Returns the class number in a sample's .cls, .json ("label") or .txt, and what is wrong with it, if anything.
+
+    A .txt that holds no number is a caption (img2dataset), and so is a .json without "label".
+    """
+    extension = next((x for x in LABEL_EXTENSIONS if x in sample), None)
+    if extension is None:
+        return UNLABELLED, None
+    member = sample[extension]
+    text = os.pread(descriptor, min(member.size, LONGEST_LABEL), member.offset)
+    if extension == "txt" and not text.strip().isdigit():
+        return UNLABELLED, None
+    try:
+        label = int(text) if extension != "json" else json.loads(text).get("label", UNLABELLED)
+        if isinstance(label, float) and not label.is_integer():
+            raise ValueError("a fraction")
+        label = int(np.int64(int(label)))
+        if label < 0 and label != UNLABELLED:
+            raise ValueError("negative")
+        return label, None
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return UNLABELLED, Defect(member.offset, 0, f"label of {key}.{extension} is {text[:40]!r}, not a class number")
