@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 
+from .errors import InputError
 from .fetcher import Fetcher
 from .index import ShardIndex
 from .remote import is_remote
+from .shard_cache import ShardCache
 
 
 @dataclass
@@ -27,9 +30,21 @@ class Fetching:
         if (before := self.fetchers.pop(id(index), None)) is not None:
             before.close()
         plan = list(enumerate(sorted(remote_shards(index)))) if plan is None else plan
+        self._check_room(index.cache, plan)
         fetcher = Fetcher(index.cache, plan, limit_bytes=self.limit_bytes)
         fetcher.start()
         self.fetchers[id(index)] = fetcher
+
+    def _check_room(self, cache: ShardCache, plan: Iterable[tuple[int, int]]) -> None:
+        """Raises InputError when the shards of the plan's first position do not fit the cache together."""
+        _, first = next(groupby(plan, key=lambda item: item[0]), (0, ()))
+        used = [shard for _, shard in first]
+        size = sum(cache.sizes[shard] for shard in used)
+        if size > self.limit_bytes:
+            raise InputError(
+                f"data.cache_gb {self.limit_bytes / 1e9:g} is too little: one step reads {len(used)} shards of "
+                f"{size / 1e9:.3g} GB; give several times that, or lower data.lanes or data.block_samples"
+            )
 
     def advance(self, index: ShardIndex, position: int) -> None:
         """Says that the run has reached `position` of the plan."""

@@ -81,9 +81,9 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
         refuse_damage(val)
     fetching = Fetching(int(data.cache_gb * 1e9), accelerator.is_local_main_process)
     atexit.register(fetching.close)
-    for index in (train, val):
-        if index is not None:
-            fetching.follow(index)
+    fetching.follow(train, [])  # what is asked for; the loop knows its order, and says so
+    if val is not None:
+        fetching.follow(val)
     if accelerator.is_main_process:
         _report_defects(train, run_dir)
     weights = read_weights(init) if init is not None else None
