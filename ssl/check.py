@@ -18,11 +18,10 @@ from .decode import UnreadableImage, decode_image
 from .entries import IMAGE_EXTENSIONS, Sample, group, scan_shard
 from .errors import InputError
 from .remote import fetch, is_remote
-from .tar_scan import BLOCK, Defect, Member, scan_tar
+from .tar_scan import Defect, Member, scan_tar
 
 CHUNK_BYTES = 4 << 20  # what a process is given at once
 CHUNK_SAMPLES = 256
-NO_END_MARK = "no end mark after the last file: the tar was cut off here, or never closed"
 
 
 class Unreadable(NamedTuple):
@@ -55,7 +54,7 @@ class ShardCheck:
     @property
     def damage(self) -> list[Defect]:
         """The defects that cost bytes, or may have."""
-        return [defect for defect in self.defects if defect.size or defect.reason == NO_END_MARK]
+        return [defect for defect in self.defects if defect.size]
 
 
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]  # the built-in map, or a pool's
@@ -105,7 +104,7 @@ def _check(path: Path, name: str, run: Run) -> ShardCheck:
         entries = scan_shard(path)
         members, _ = scan_tar(path)
         grouped, _ = group(members)
-        defects = entries.defects + _missing_end(path, members, entries.defects)
+        defects = entries.defects
     except InputError as error:
         return _nothing(name, size, str(error).removeprefix(f"{path}: "))
     except OSError as error:
@@ -121,16 +120,6 @@ def _check(path: Path, name: str, run: Run) -> ShardCheck:
 def _nothing(name: str, size: int, reason: str) -> ShardCheck:
     none = np.zeros(0, np.int64)
     return ShardCheck(name, size, [], [], none, none.astype(np.uint64), [], [], reason)
-
-
-def _missing_end(path: Path, members: Sequence[Member], defects: Sequence[Defect]) -> list[Defect]:
-    """Returns a defect when a tar lacks the zeros that end it: one that is cut between two files looks whole else."""
-    end = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, end - BLOCK))
-        is_marked = end % BLOCK == 0 and not file.read().strip(b"\0")
-    is_known = any(defect.offset + defect.size >= end for defect in defects)
-    return [] if is_marked or is_known or not members else [Defect(end, 0, NO_END_MARK)]
 
 
 def image_of(files: Sample) -> Member | None:

@@ -17,9 +17,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from quarterlight.ssl.check import NO_END_MARK
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.shard_config import VerifyConfig
+from quarterlight.ssl.tar_scan import NO_END_MARK
 from quarterlight.ssl.verify import SHOWN, verify_shards
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "shards.py"
