@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json", "txt")
 LONGEST_LABEL = 1 << 20  # bytes; a JSON of captions is far below it
 UNLABELLED = -1
+WHOLE_NUMBER = re.compile(rb"\s*[+-]?[0-9]+\s*")  # int() takes 1_0 as well
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ def group(members: Sequence[Member]) -> tuple[list[tuple[str, Sample]], list[Def
     apart: list[Member] = []
     repeated: list[Member] = []
     for member in members:
-        folder, _, base = member.name.rpartition("/")
+        folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:  # dot files and bare names are no part of a sample, as in webdataset
             continue
-        key = (f"{folder}/{stem}" if folder else stem).replace("\n", " ")  # the sidecar holds a key a line
+        key = f"{folder}{slash}{stem}".replace("\n", " ")  # the sidecar holds a key a line
         extension = extension.lower()
         at = latest.get(key)
         if at is None or extension in samples[at][1]:
@@ -100,6 +102,8 @@ def _label(descriptor: int, sample: Sample, key: str) -> tuple[int, Defect | Non
     if extension == "txt" and not text.strip().isdigit():
         return UNLABELLED, None
     try:
+        if extension != "json" and not WHOLE_NUMBER.fullmatch(text):
+            raise ValueError("no number")
         label = int(text) if extension != "json" else json.loads(text).get("label", UNLABELLED)
         if isinstance(label, float) and not label.is_integer():
             raise ValueError("a fraction")

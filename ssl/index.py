@@ -122,7 +122,7 @@ class ShardIndex:
     def describe_defects(self) -> list[str]:
         """Returns a sentence for each of the first defects, and one for the rest."""
         lines = [
-            f"{d.shard}: {d.reason} (byte {d.offset}{f', {d.size} bytes lost' if d.size else ''})"
+            f"{d.shard}: {shortened(d.reason)} (byte {d.offset}{f', {d.size} bytes lost' if d.size else ''})"
             for d in self.defects[:DEFECTS_SHOWN]
         ]
         rest = len(self.defects) - DEFECTS_SHOWN
@@ -144,8 +144,8 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
             source_of.setdefault(path, number)
     entries: dict[str, ShardEntries] = {}
     sizes: dict[str, int] = {}
-    for folder in dict.fromkeys(path.rpartition("/")[0] for path in source_of):
-        below = [path for path in source_of if path.rpartition("/")[0] == folder]
+    for folder in dict.fromkeys(_folder(path) for path in source_of):
+        below = [path for path in source_of if _folder(path) == folder]
         found = _remote_entries(folder, below, cache_dir) if is_remote(folder) else _local_entries(Path(folder), below)
         for path, (stamp, shard_entries) in zip(below, found, strict=True):
             entries[path], sizes[path] = shard_entries, stamp[1]
@@ -205,6 +205,16 @@ def scan_remote(paths: Sequence[str], cache_dir: Path) -> Iterator[tuple[Stamp, 
             yield (local.name, local.stat().st_size, 0), scan_shard(local)
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """Returns a text of at most so many characters: names in a damaged tar may have a million."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _folder(path: str) -> str:
+    """Returns the folder of a shard, a path or an address."""
+    return path.rpartition("/")[0] or "/"
+
+
 def _stamp(path: Path) -> Stamp:
     found = path.stat()
     return path.name, found.st_size, found.st_mtime_ns
@@ -231,4 +241,4 @@ def refuse_damage(index: ShardIndex) -> None:
 
 def class_names(index: ShardIndex) -> list[str] | None:
     """Returns the class names in label order that `launch/shards.py` left beside the first of these shards, if any."""
-    return read_dataset(index.paths[0].rpartition("/")[0]).get("classes")
+    return read_dataset(_folder(index.paths[0])).get("classes")

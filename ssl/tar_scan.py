@@ -114,6 +114,8 @@ class _Scan:
         """Adds a defect when the tar may have been cut off between two files, which nothing else shows."""
         if self.members and self.zeros_to < self.end and self.lost_to < self.end:
             self.defects.append(Defect(self.end, END_MARK, NO_END_MARK))
+        elif not (self.members or self.defects) and not END_MARK <= self.end <= 2 * tarfile.RECORDSIZE:
+            self._note(0, self.end, "nothing but zeros")
 
     def _read_extension(self, header: tarfile.TarInfo, before: _Extension) -> _Extension:
         if before is None or not 0 < header.size <= LONGEST_EXTENSION:

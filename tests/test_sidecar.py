@@ -81,7 +81,7 @@ SHARD = st.tuples(st.lists(TEXT | RAW, max_size=5), st.lists(st.builds(Defect, N
 
 
 @EXAMPLES
-@given(st.dictionaries(st.tuples(TEXT | RAW, NUMBER, NUMBER), SHARD, min_size=1, max_size=4))
+@given(st.dictionaries(st.tuples(TEXT | RAW, st.integers(10_000, 2**63 - 1), NUMBER), SHARD, min_size=1, max_size=4))
 def test_any_shards_come_back(shards):
     known = {stamp: entries(keys, defects) for stamp, (keys, defects) in shards.items()}
     assert plain(unpack(pack(known))) == plain(known)
@@ -136,7 +136,7 @@ def test_a_flipped_bit_anywhere_gives_the_same_or_none():
 
 def test_a_large_index_said_to_be_compressed_in_any_way_is_none():
     count = 20_000
-    good = pack({("x.tar", 5, 6): entries([f"{i}" for i in range(count)])})
+    good = pack({("x.tar", 10**9, 6): entries([f"{i}" for i in range(count)])})
     for method in range(100):
         at = good.index(b"PK\x01\x02")
         while at >= 0:
