@@ -76,6 +76,7 @@ def finetune(config: FinetuneConfig) -> Figures:
             (run_dir / BEST_FILE).unlink(missing_ok=True)
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
+    opened.fetching.follow(opened.val)
     hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(order))
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
@@ -145,7 +146,7 @@ def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> i
     Raises InputError when a sample has no label or a label that is too large.
     """
     for index, where in ((train, "data.train"), (val, "data.val")):
-        refuse_unlabelled(index.label, where)
+        refuse_unlabelled(index.label, where, index.describe_defects())
     largest = int(max(train.label.max(), val.label.max()))
     names = class_names(train)
     count = num_classes or (len(names) if names else largest + 1)

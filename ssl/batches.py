@@ -1,6 +1,6 @@
 """From positions in a run to images, labels and masks: read, decoded, cropped, and replaced where they cannot be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -143,10 +143,10 @@ def refuse_bad(bad: list[BadSample]) -> None:
         )
 
 
-def refuse_unlabelled(labels: Int[np.ndarray, " n"], where: str) -> None:
-    """Raises InputError when a sample has no label."""
+def refuse_unlabelled(labels: Int[np.ndarray, " n"], where: str, defects: Sequence[str] = ()) -> None:
+    """Raises InputError when a sample has no label, with what is known to be wrong with the shards."""
     if missing := int((labels < 0).sum()):
         raise InputError(
-            f"{where}: {missing} of {len(labels)} samples have no label (no .cls or .json in the shard); "
-            "write the shards from class folders"
+            f"{where}: {missing} of {len(labels)} samples have no label ({'; '.join(defects)}"
+            f"{'' if defects else 'no .cls or .json in the shard'}); write the shards from class folders"
         )

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from .config import check_ranges
-from .errors import InputError, did_you_mean
+from .errors import InputError, ProcessError, did_you_mean
 
 Config = TypeVar("Config")
 
@@ -153,11 +153,11 @@ def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) 
     config = parse_options()
     try:
         run(config)
-    except InputError as error:
-        fail(str(error), status=1)
-    except OSError as error:  # a full disk or a missing mount may be one machine's alone, so every process speaks
+    except (OSError, ProcessError) as error:  # a full disk or a lost shard may be one machine's alone: all speak
         rank = os.environ.get("RANK")
         print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+    except InputError as error:
+        fail(str(error), status=1)
     except KeyboardInterrupt:
         fail("interrupted: the same command continues from the newest saved state, if there is one", status=130)

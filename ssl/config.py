@@ -252,9 +252,11 @@ def check_ranges(config: object) -> None:
         if not numbers:
             raise InputError(f"{key} is empty: give at least one number")
         for number in numbers:
-            if number is not None and not ((low is None or number >= low) and (high is None or number <= high)):
+            in_range = number is None or ((low is None or number >= low) and (high is None or number <= high))
+            if number is not None and not (in_range and math.isfinite(number)):
                 least = "above 0" if low == 1e-9 else f"at least {low}"
                 most = "" if high is None else f" and at most {high}"
-                raise InputError(f"{key} is {number}: it must be {least}{most}")
+                finite = " and finite" if in_range else ""
+                raise InputError(f"{key} is {number}: it must be {least}{most}{finite}")
         if name in ("crop_scale", "crop_ratio") and numbers[0] > numbers[1]:
             raise InputError(f"{key} is {list(numbers)}: the smallest comes first")

@@ -175,6 +175,9 @@ def _exif(jpeg: bytes) -> bytes | None:
     """Returns the first EXIF segment of a JPEG, beginning with "Exif"; None where there is none."""
     at = 2
     while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != SCAN:
+        if jpeg[at + 1 : at + 2] == b"\xff":  # a segment may be preceded by any number of these
+            at += 1
+            continue
         length = int.from_bytes(jpeg[at + 2 : at + 4], "big")
         if jpeg[at + 1 : at + 2] == APP1 and jpeg[at + 4 : at + 10] == b"Exif\0\0":
             return jpeg[at + 4 : at + 2 + length]

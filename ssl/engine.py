@@ -33,7 +33,7 @@ from .loader import Spans, build_loader
 from .log import RunLog, append_jsonl, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
-from .order import ShardPlan
+from .order import ShardPlan, settings_of
 from .randoms import step_seed
 
 Figures = dict[str, float]
@@ -213,6 +213,13 @@ def _resume(
         raise InputError(
             f"{run_dir} was trained on other shards (fingerprint {progress['data_fingerprint']}, data.train now has "
             f"{fingerprint}): give the same data.train, or another run_dir"
+        )
+    order = settings_of(samples.order)
+    if progress.setdefault("order", order) != order:
+        was = progress["order"] | {"block_samples": progress["order"]["block_samples"] or len(samples.order)}
+        raise InputError(
+            f"{run_dir}: the run began with data.lanes {was['lanes']} and data.block_samples {was['block_samples']}, "
+            "and null stands for other numbers now that shards are on a local disk, or no longer: give these"
         )
     for path in [run_dir / f"samples-rank{rank}.jsonl", *([run_dir / "bad_samples.jsonl"] if rank == 0 else [])]:
         drop_later_records(path, progress["step"] - 1)  # their steps count from 0, and are done again

@@ -43,6 +43,8 @@ def scan_shard(path: Path) -> ShardEntries:
         what = f"it begins with {start!r}" if start else "it is empty"
         raise InputError(f"{path}: not a tar ({what}); fetch or write it again, or leave it out")
     samples, odd = group(members)
+    if members and not any(x in sample for _, sample in samples for x in IMAGE_EXTENSIONS):
+        odd.append(Defect(0, 0, f"no {', '.join(IMAGE_EXTENSIONS)} inside"))
     rows: list[tuple[int, int, int]] = []
     keys = []
     with path.open("rb") as file:
@@ -83,9 +85,10 @@ def group(members: Sequence[Member]) -> tuple[list[tuple[str, Sample]], list[Def
             apart.append(member)
         samples[at][1][extension] = member
     odd = []
-    for found, what in ((apart, "lie apart from the other files of their sample"), (repeated, "are there twice")):
+    for found, what in ((apart, "apart from the other files of its sample"), (repeated, "there before")):
         if found:
-            odd.append(Defect(found[0].offset, 0, f"{len(found)} files {what}, the first: {found[0].name!r}"))
+            more = f", and {len(found) - 1} like it" if len(found) > 1 else ""
+            odd.append(Defect(found[0].offset, 0, f"{found[0].name!r} is {what}{more}"))
     return samples, odd
 
 

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message names the thing, the value and the way out."""
 
 
+class ProcessError(InputError):
+    """An InputError that perhaps this process alone has met, in the middle of a run: it speaks for itself."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str:
     """Returns " Did you mean X?" with at most `most` near known names, or "" when none is near."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)

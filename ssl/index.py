@@ -20,6 +20,7 @@ from .dataset_file import read_dataset
 from .entries import IMAGE_EXTENSIONS, ShardEntries, scan_shard
 from .errors import InputError
 from .files import replace_file
+from .patience import unwritable
 from .remote import fetch, is_remote, read_remote
 from .shard_cache import ShardCache
 from .shard_names import shard_paths, sources
@@ -49,10 +50,12 @@ class ShardIndex:
         paths: Sequence[str],
         entries: Sequence[ShardEntries],
         *,
+        stamps: Sequence[tuple[int, int]] | None = None,
         sources: Int[np.ndarray, " shards"] | None = None,
         cache: ShardCache | None = None,
     ) -> None:
         self.paths = list(paths)  # or addresses
+        self.stamps = stamps and list(stamps)  # bytes and modification time of each shard; None: not compared
         self.cache = cache  # None: all shards are on local disks
         counts = [len(e.keys) for e in entries]
         self.offset = np.concatenate([e.offset for e in entries])
@@ -94,9 +97,19 @@ class ShardIndex:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             path = self.paths[shard]
-            local = self.cache is None or not is_remote(path)
-            self._files[shard] = os.open(path, os.O_RDONLY) if local else self.cache.open(shard)  # type: ignore[union-attr]
+            if self.cache is not None and is_remote(path):
+                self._files[shard] = self.cache.open(shard)
+            else:
+                self._files[shard] = self._open_local(shard)
         return self._files[shard]
+
+    def _open_local(self, shard: int) -> int:
+        descriptor = os.open(self.paths[shard], os.O_RDONLY)
+        found = os.fstat(descriptor)
+        if self.stamps is not None and (found.st_size, found.st_mtime_ns) != self.stamps[shard]:
+            os.close(descriptor)  # other images may lie in the same places
+            raise OSError("the shard was replaced after the run began: start it again")
+        return descriptor
 
     def close_evicted(self) -> None:
         """Closes the files that left the cache, whose disk space is free only then."""
@@ -115,9 +128,13 @@ class ShardIndex:
         return digest.hexdigest()[:16]
 
     def samples_lost(self) -> int:
-        """Returns about how many samples are missing because the tars are damaged: lost bytes by mean sample size."""
+        """Returns about how many samples are missing because the tars are damaged: lost bytes by those of a sample."""
         lost = [defect.size for defect in self.defects if defect.size]
-        return max(len(lost), round(sum(lost) / max(1.0, float(self.size.mean())))) if lost else 0
+        if not lost or not len(self):
+            return len(lost)
+        last = np.unique(self.shard, return_index=True)[1][1:] - 1  # of the samples of each shard
+        ends = np.append(last, len(self) - 1)
+        return max(len(lost), round(sum(lost) * len(self) / int((self.offset + self.size)[ends].sum())))
 
     def describe_defects(self) -> list[str]:
         """Returns a sentence for each of the first defects, and one for the rest."""
@@ -143,20 +160,21 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
         for path in shard_paths(pattern):
             source_of.setdefault(path, number)
     entries: dict[str, ShardEntries] = {}
-    sizes: dict[str, int] = {}
+    stamps: dict[str, tuple[int, int]] = {}
     for folder in dict.fromkeys(_folder(path) for path in source_of):
         below = [path for path in source_of if _folder(path) == folder]
         found = _remote_entries(folder, below, cache_dir) if is_remote(folder) else _local_entries(Path(folder), below)
         for path, (stamp, shard_entries) in zip(below, found, strict=True):
-            entries[path], sizes[path] = shard_entries, stamp[1]
+            entries[path], stamps[path] = shard_entries, stamp[1:]
     paths = list(source_of)
     if not any(len(entries[path].keys) for path in paths):
         raise InputError(f"{paths[0]}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside")
     cache = None
     if cache_dir is not None and any(map(is_remote, paths)):
-        cache = ShardCache(cache_dir, paths, [sizes[path] for path in paths])
+        cache = ShardCache(cache_dir, paths, [stamps[path][0] for path in paths])
     source_numbers = np.array(list(source_of.values()), np.int64)
-    return ShardIndex(paths, [entries[path] for path in paths], sources=source_numbers, cache=cache)
+    known = [entries[path] for path in paths]
+    return ShardIndex(paths, known, stamps=[stamps[path] for path in paths], sources=source_numbers, cache=cache)
 
 
 def _local_entries(folder: Path, paths: Iterable[str]) -> list[tuple[Stamp, ShardEntries]]:
@@ -198,7 +216,10 @@ def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -
 def scan_remote(paths: Sequence[str], cache_dir: Path) -> Iterator[tuple[Stamp, ShardEntries]]:
     """Yields what each remote shard holds; it is fetched to `cache_dir` for that, one at a time, and deleted."""
     for path in paths:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(cache_dir, error) from error
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
             local = Path(folder) / path.rpartition("/")[2]
             fetch(path, local)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .batches import Batch, Samples
-from .errors import InputError
+from .errors import InputError, ProcessError
 from .ring import InRing, Ring
 
 PREFETCHED = 2  # batches a worker reads ahead
@@ -123,14 +123,14 @@ class Loader:
         return len(self.spans)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields batches; a new pass ends an earlier one. Raises InputError when a shard cannot be had."""
+        """Yields batches; a new pass ends an earlier one. Raises ProcessError when a shard cannot be had."""
         loader = self._kept or self._build()
         self._kept = loader if self.persistent else None
         self._passes += 1
         mine, copies = self._passes, self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
         for batch in loader:
             if isinstance(batch, _Refused):
-                raise InputError(batch.sentence)
+                raise ProcessError(batch.sentence)
             yield batch._replace(images=batch.images.clone()) if copies else batch
             if self.persistent and mine != self._passes:  # its batches have been overwritten by the later one
                 raise RuntimeError("a later pass over this loader has begun: this one cannot go on")

@@ -238,6 +238,17 @@ def build_order(
     return LaneOrder(order, batch_size, lanes) if lanes > 1 else order
 
 
+def settings_of(order: Order) -> dict[str, int | None]:
+    """Returns data.lanes and data.block_samples as they are in an order: null means other numbers for remote shards."""
+    lanes = order.lanes if isinstance(order, LaneOrder) else 1
+    while isinstance(order, LaneOrder | RepeatedOrder):
+        order = order.order
+    parts = order.orders if isinstance(order, MixedOrder) else [order]
+    shuffled = [x for x in parts if isinstance(x, ShuffledOrder)]
+    blocks = [x.block_samples for x in shuffled if x.block_samples is not None and x.block_samples < len(x)]
+    return {"lanes": lanes, "block_samples": blocks[0] if blocks else None}
+
+
 @dataclass
 class ShardPlan:
     """Which shards a node needs, by the position at which the step begins that reads them: what is fetched ahead."""

@@ -3,6 +3,7 @@
 import errno
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +35,15 @@ class Patience:
 
 
 PATIENCE = Patience()
+PATIENT_TRIES = 3  # before a word about them
 
 
 class Absent(InputError):
     """There is nothing behind the URL."""
+
+
+class Refused(InputError):
+    """Access is refused, which some stores say of what is not there, too."""
 
 
 class Stalled(OSError):
@@ -81,9 +87,17 @@ def persist(url: str, done: str, patience: Patience, attempt: Callable[[], T], f
             reason, is_final = _explain(error)
             if is_final or failures >= patience.attempts:
                 tries = f", {failures} times" if failures > 1 else ""
-                kind = Absent if isinstance(error, FileNotFoundError) or _status(error) in ABSENT else InputError
-                raise kind(f"{shown(url)} cannot be {done}{tries}: {reason}") from error
+                raise _kind(error)(f"{shown(url)} cannot be {done}{tries}: {reason}") from error
+            if failures == PATIENT_TRIES:
+                print(f"{shown(url)}: {reason}; trying again", file=sys.stderr, flush=True)
         time.sleep(patience.wait_s(failures))
+
+
+def _kind(error: Exception) -> type[InputError]:
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in ABSENT:
+        return Absent
+    return Refused if isinstance(error, PermissionError) or status in REFUSED else InputError
 
 
 def _explain(error: Exception) -> tuple[str, bool]:

@@ -182,7 +182,9 @@ class Painter:
         self.task, self.accelerator = task, opened.accelerator
         self.png = opened.run_dir / "reconstructions.png"
         index = opened.val or opened.train
-        picked = np.linspace(0, len(index) - 1, min(PICTURE_IMAGES, len(index))).astype(np.int64)  # from all shards
+        near = index.cache is not None  # from all shards, unless each of them would have to be fetched
+        last = int((index.shard == index.shard[0]).sum() if near else len(index)) - 1
+        picked = np.linspace(0, last, min(PICTURE_IMAGES, last + 1)).astype(np.int64)
         crop = CenterCrop(task.autoencoder.encoder.img_size, opened.config.data.crop_pct)
         samples = opened.samples(index, FileOrder(picked), crop, masks)
         self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None

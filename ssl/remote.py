@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import InputError
-from .patience import PATIENCE, Absent, Patience, Stalled, WrongSize, persist, shown, unwritable
+from .patience import PATIENCE, Absent, Patience, Refused, Stalled, WrongSize, persist, shown, unwritable
 
 T = TypeVar("T")
 
@@ -59,12 +59,15 @@ def fetch(url: str, path: Path, *, size: int | None = None, patience: Patience =
 
 
 def read_remote(url: str, *, patience: Patience = PATIENCE) -> bytes | None:
-    """Returns a small file, or None when there is none. Raises InputError when that cannot be found out."""
+    """Returns a small file, or None when there is none: stores that one may not list refuse access to what is missing.
+
+    Raises InputError when that cannot be found out.
+    """
     with tempfile.TemporaryDirectory(prefix="quarterlight-") as folder:
         path = Path(folder) / "file"
         try:
             fetch(url, path, patience=patience)
-        except Absent:
+        except (Absent, Refused):
             return None
         return path.read_bytes()
 

@@ -1,8 +1,10 @@
 """A set of small images decoded once, into one array beside the shards: reading and decoding cost more than a crop."""
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,9 @@ from .decode import UnreadableImage, decode_image
 from .errors import InputError
 from .files import replace_file, write_json
 from .index import ShardIndex
-from .remote import remove_dead_partials
 
 LARGEST_SIDE = 64  # pixels: up to here decoding a JPEG costs more than copying its pixels from a file
+LEFTOVER_S = 3600  # a file that is being written changes more often
 SIZE_SAMPLES = 16  # images looked at to see whether a set may be one of small images
 
 
@@ -59,7 +61,7 @@ def find_small_images(index: ShardIndex, in_chans: Literal[1, 3], cache_dir: Pat
     unreadable: dict[int, str] = {}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        remove_dead_partials(file.parent)
+        _remove_leftovers(file.parent)
         file.with_suffix(".json").unlink(missing_ok=True)
         replace_file(file, _decoding(index, shape, unreadable))
         write_json(file.with_suffix(".json"), {"shards": stamp, "unreadable": unreadable})
@@ -74,15 +76,21 @@ def find_small_images(index: ShardIndex, in_chans: Literal[1, 3], cache_dir: Pat
     return SmallImages(file, unreadable)
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes have left half written; one that another machine writes now has changed lately."""
+    for partial in folder.glob(".pixels-*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > LEFTOVER_S:
+                partial.unlink()
+
+
 class _OtherSize(Exception):
     """An image is not as large as the first one."""
 
 
 def _stamp(index: ShardIndex) -> str:
     """Returns a hash of what the shards are, and of when they were written: mended ones are decoded anew."""
-    found = [os.stat(path) for path in index.paths]
-    times = [[stat.st_size, stat.st_mtime_ns] for stat in found]
-    return hashlib.sha256(json.dumps([index.fingerprint(), times]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([index.fingerprint(), index.stamps]).encode()).hexdigest()[:16]
 
 
 def _read(file: Path, shape: tuple[int, ...], stamp: str) -> SmallImages | None:
@@ -92,8 +100,8 @@ def _read(file: Path, shape: tuple[int, ...], stamp: str) -> SmallImages | None:
         pixels = np.load(file, mmap_mode="r")
         if facts["shards"] == stamp and pixels.shape == shape and pixels.dtype == np.uint8:
             return SmallImages(file, {int(sample): reason for sample, reason in facts["unreadable"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
-        pass
+    except Exception:  # of damaged files json and numpy raise errors of many kinds
+        return None
     return None
 
 

@@ -79,11 +79,11 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
     _check_damage(train, data.max_bad_share)
     if val is not None:
         refuse_damage(val)
-    fetching = Fetching(int(data.cache_gb * 1e9), accelerator.is_local_main_process)
+    remote = [index for index in (train, val) if index is not None and index.cache is not None]
+    fetching = Fetching(int(data.cache_gb * 1e9) // max(1, len(remote)), accelerator.is_local_main_process)
     atexit.register(fetching.close)
-    fetching.follow(train, [])  # what is asked for; the loop knows its order, and says so
-    if val is not None:
-        fetching.follow(val)
+    for index in remote:  # for now, what is asked for; who reads all of it, says so
+        fetching.follow(index, [])
     if accelerator.is_main_process:
         _report_defects(train, run_dir)
     weights = read_weights(init) if init is not None else None

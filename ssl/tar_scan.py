@@ -60,6 +60,7 @@ class _Scan:
         self.archive_start = 0  # of the archive that `at` lies in: concatenated ones follow each other
         self.zeros_to = 0  # where the last zeros ended
         self.lost_to = 0  # where the last part ended that could not be read
+        self.links: list[tuple[int, str]] = []
         self.members: list[Member] = []
         self.defects: list[Defect] = []
 
@@ -105,6 +106,8 @@ class _Scan:
         elif stop > self.end:
             self._lose(f"the tar ends in the middle of {header.name!r}")
         else:
+            if header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+                self.links.append((self.at, header.name))
             if header.isreg():
                 name = said["path"].decode("utf-8", "surrogateescape") if "path" in said else _name(header, block)
                 self.members.append(Member(name, self.at + BLOCK, size))
@@ -116,6 +119,9 @@ class _Scan:
             self.defects.append(Defect(self.end, END_MARK, NO_END_MARK))
         elif not (self.members or self.defects) and not END_MARK <= self.end <= 2 * tarfile.RECORDSIZE:
             self._note(0, self.end, "nothing but zeros")
+        if self.links:
+            more = f", and {len(self.links) - 1} like it" if len(self.links) > 1 else ""
+            self.defects.append(Defect(self.links[0][0], 0, f"{self.links[0][1]!r} is a link, not followed{more}"))
 
     def _read_extension(self, header: tarfile.TarInfo, before: _Extension) -> _Extension:
         if before is None or not 0 < header.size <= LONGEST_EXTENSION:

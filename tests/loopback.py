@@ -7,7 +7,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import unquote
 
 HALF = 100_000  # bytes that come before something happens in the middle of a body
@@ -26,6 +26,7 @@ class WebServer:
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: list[str] = []  # "GET /path", in order of arrival
+        self.before: Callable[[str], None] | None = None  # called with the path of each GET before it is answered
         self.released = threading.Event()
         server = self
 
@@ -42,7 +43,7 @@ class WebServer:
         self.released.set()
 
     def close(self) -> None:
-        """Ends the server."""
+        """Ends the server; from then on every connection is refused."""
         self.release()
         self._http.shutdown()
         self._thread.join()
@@ -71,6 +72,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(self.path)
         self.web.requests.append(f"GET {path}")
+        if self.web.before is not None:
+            self.web.before(path)
         words = self.web.faults.get(path, [""])
         self._act(words.pop(0) if len(words) > 1 else words[0], self.web.files.get(path))
 

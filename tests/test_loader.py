@@ -14,7 +14,7 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex, open_index
 from quarterlight.ssl.loader import EvalSpans, Spans, build_loader
 from quarterlight.ssl.masking import MaskSampler
-from quarterlight.ssl.order import FileOrder, ShuffledOrder
+from quarterlight.ssl.order import FileOrder, LaneOrder, MixedOrder, Order, RepeatedOrder, ShuffledOrder
 
 COUNT, BATCH, STEPS = 22, 8, 9
 DAMAGED = (3, 13)
@@ -310,3 +310,168 @@ def test_missing_labels_are_refused_with_their_number():
     with pytest.raises(InputError, match="data.val: 2 of 4 samples have no label"):
         refuse_unlabelled(np.array([0, -1, 3, -1]), "data.val")
     refuse_unlabelled(np.array([0, 3]), "data.val")
+
+
+# The whole table: worlds times workers, whatever the order.
+
+WIDE, WIDE_STEPS = 24, 7  # positions of a step: divisible by every world below
+
+
+def wide_orders() -> dict[str, Order]:
+    shards = np.arange(COUNT) // 8
+    shuffled = ShuffledOrder(np.arange(COUNT), 0)
+    halves = [ShuffledOrder(np.arange(10), 0), ShuffledOrder(np.arange(10, COUNT), 1)]
+    weighted = MixedOrder(halves, [2.0, 0.5], 0)
+    blocks = ShuffledOrder(np.arange(COUNT), 0, shards=shards, block_samples=9)
+    return {
+        "shuffled": shuffled,
+        "repeats": RepeatedOrder(shuffled, 2),
+        "lanes": LaneOrder(blocks, WIDE, 8),
+        "weights": weighted,
+        "all": LaneOrder(RepeatedOrder(weighted, 2), WIDE, 4),
+    }
+
+
+def record(batch: Batch) -> list[tuple[str, int, str]]:
+    """The key and label of every sample, and a hash of its pixels and mask."""
+    masks = [x for x in batch.masking[:3] if isinstance(x, torch.Tensor)]
+    digests = [
+        hashlib.sha256(b"".join(x[i].numpy().tobytes() for x in (batch.images, *masks))).hexdigest()
+        for i in range(len(batch.keys))
+    ]
+    return list(zip(batch.keys, batch.labels.tolist(), digests, strict=True))
+
+
+def wide_steps(
+    samples: Samples, steps: range, *, world_size: int, num_workers: int = 0
+) -> list[list[tuple[str, int, str]]]:
+    """What each of `steps` holds when `world_size` ranks, one after another in this process, read their parts."""
+    share = WIDE // world_size
+    micro = share // 2 if share % 2 == 0 and world_size > 1 else share
+    found: list[list[tuple[str, int, str]]] = [[] for _ in steps]
+    for rank in range(world_size):
+        spans = Spans(steps, batch_size=WIDE, micro_batch_size=micro, rank=rank, world_size=world_size)
+        for number, batch in enumerate(build_loader(samples, spans, num_workers=num_workers)):
+            found[number * micro // share] += record(batch)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wide_reference(damaged_index) -> dict[str, list[list[tuple[str, int, str]]]]:
+    """One rank without workers, for every order."""
+    return {
+        name: wide_steps(samples_of(damaged_index, order=order), range(WIDE_STEPS), world_size=1)
+        for name, order in wide_orders().items()
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["shuffled", "repeats", "lanes", "weights", "all"])
+def test_every_world_sees_the_same_samples_pixels_and_masks(damaged_index, wide_reference, name, world_size):
+    samples = samples_of(damaged_index, order=wide_orders()[name])
+    assert wide_steps(samples, range(WIDE_STEPS), world_size=world_size) == wide_reference[name]
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 4), (2, 1), (2, 4)])
+@pytest.mark.parametrize("name", ["shuffled", "all"])
+def test_every_world_with_workers_sees_the_same(damaged_index, wide_reference, name, world_size, num_workers):
+    samples = samples_of(damaged_index, order=wide_orders()[name])
+    found = wide_steps(samples, range(WIDE_STEPS), world_size=world_size, num_workers=num_workers)
+    assert found == wide_reference[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_workers"),
+    [("shuffled", 0), ("repeats", 0), ("lanes", 0), ("weights", 0), ("all", 0), ("shuffled", 2), ("all", 2)],
+)
+def test_a_run_goes_on_in_mid_epoch_with_another_number_of_ranks(damaged_index, wide_reference, name, num_workers):
+    before = wide_steps(samples_of(damaged_index, order=wide_orders()[name]), range(5), world_size=2)
+    again = samples_of(damaged_index, order=wide_orders()[name])
+    after = wide_steps(again, range(5, WIDE_STEPS), world_size=3, num_workers=num_workers)
+    assert before + after == wide_reference[name]
+
+
+def test_an_epoch_over_all_ranks_has_every_good_sample_once(index):
+    samples = samples_of(index, order=ShuffledOrder(np.arange(COUNT), 4))
+    steps = wide_steps(samples, range(11), world_size=4)  # 264 positions: twelve epochs
+    keys = [key for step in steps for key, _, _ in step]
+    for epoch in range(12):
+        assert sorted(keys[epoch * COUNT : (epoch + 1) * COUNT]) == [f"{i:02d}" for i in range(COUNT)]
+
+
+# Several crops of one decoding.
+
+
+def large_shards(folder: Path, damaged: tuple[int, ...] = ()) -> ShardIndex:
+    """Photos that are large enough to be decoded at a smaller scale for some crops and not for others."""
+    with webdataset.TarWriter(str(folder / "large-0.tar")) as tar:
+        for i in range(6):
+            y, x = np.mgrid[:400, :500]
+            pixels = np.stack([np.sin(x / 9 + i) * 100 + 120, np.cos(y / 7) * 100 + 120, (x + y) % 256], -1)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG")
+            data = buffer.getvalue()
+            if i in damaged:
+                data = data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+            tar.write({"__key__": f"{i}", "jpg": data, "cls": i})
+    return open_index(str(folder / "large-0.tar"))
+
+
+@pytest.mark.parametrize("damaged", [(), (2, 3)])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_crops_of_one_decoding_do_not_depend_on_where_batches_are_cut(tmp_path, damaged, size):
+    samples = samples_of(
+        large_shards(tmp_path, damaged),
+        order=RepeatedOrder(ShuffledOrder(np.arange(6), 0), 3),
+        transform=RandomCrop((64, 64), (0.08, 1.0), (3 / 4, 4 / 3), 0.5),
+        masks=None,
+    )
+    whole = samples.batch(0, 30)
+    parts = [samples.batch(start, start + size) for start in range(0, 30, size)]
+    assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+    assert whole.keys == [key for part in parts for key in part.keys]
+    assert whole.bad == [bad for part in parts for bad in part.bad]
+    wanted = [i for i in samples.order.ids(np.arange(30)).tolist() if i in damaged]
+    assert len(whole.bad) >= len(wanted), "once a position"
+    assert all(len(set(whole.keys[i : i + 3])) == 1 for i in range(0, 6, 3)), "repeats show one image"
+
+
+@pytest.mark.parametrize("order", [ShuffledOrder(np.array(DAMAGED), 0), FileOrder(np.array(DAMAGED * 2))])
+def test_where_nothing_can_be_read_the_wanted_samples_stay(damaged_index, order):
+    batch = samples_of(damaged_index, order=order).batch(0, 4)
+    assert batch.keys == [f"{i:02d}" for i in order.ids(np.arange(4))]
+    assert batch.images.max() == 0
+    assert {bad.key for bad in batch.bad} == {"03", "13"}
+
+
+# Two passes over one loader.
+
+
+def long_loader(index: ShardIndex, *, persistent: bool):
+    spans = Spans(range(24), batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1)
+    return build_loader(samples_of(index), spans, num_workers=2, persistent=persistent)
+
+
+def test_two_passes_at_once_are_both_right(index):
+    expected = batches_of(samples_of(index), range(24))
+    loader = long_loader(index, persistent=False)
+    first = iter(loader)
+    got = [next(first)]
+    second = list(loader)
+    got += list(first)
+    assert len(got) == len(second) == 24
+    assert all(map(same, got, expected)) and all(map(same, second, expected))
+
+
+def test_a_pass_that_a_later_one_has_ended_says_so_instead_of_giving_other_pixels(index):
+    expected = batches_of(samples_of(index), range(24))
+    loader = long_loader(index, persistent=True)
+    first = iter(loader)
+    kept = [next(first), next(first)]
+    second = iter(loader)
+    assert same(next(second), expected[0])
+    with pytest.raises(RuntimeError, match="a later pass over this loader has begun"):
+        next(first)
+    assert all(map(same, second, expected[1:])), "the later pass goes on"
+    assert all(map(same, kept, expected[:2])), "what was given before stays as it was"
+    assert all(map(same, loader, expected))
