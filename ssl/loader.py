@@ -123,12 +123,15 @@ class Loader:
         return len(self.spans)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields batches; a new pass ends an earlier one. Raises ProcessError when a shard cannot be had."""
+        """Returns batches; a new pass ends an earlier one. Raises ProcessError when a shard cannot be had."""
         loader = self._kept or self._build()
         self._kept = loader if self.persistent else None
         self._passes += 1
-        mine, copies = self._passes, self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
-        for batch in loader:
+        return self._pass(iter(loader), self._passes)  # the workers begin now, not when the first batch is asked for
+
+    def _pass(self, batches: Iterator[Any], mine: int) -> Iterator[Batch]:
+        copies = self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
+        for batch in batches:
             if isinstance(batch, _Refused):
                 raise ProcessError(batch.sentence)
             yield batch._replace(images=batch.images.clone()) if copies else batch
@@ -149,6 +152,7 @@ class Loader:
             pin_memory=cuda,
             persistent_workers=self.persistent,
             multiprocessing_context=_start_method(cuda) if workers else None,
+            generator=torch.Generator(),  # it draws a seed for workers, and must not move the global generator
         )
 
 

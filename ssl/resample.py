@@ -1,7 +1,8 @@
 """Crops of many small images resized at once, as two matrix products: a third of the time of one call an image.
 
 Along each axis a resized crop is a fixed linear map of the pixels in it, and an axis of 32 pixels has only 528 crops.
-So the maps are computed once and looked up.
+So the maps are computed once and looked up. Their weights are whole numbers, small enough for exact sums in float32: so
+the pixels do not depend on how a matrix product adds up, which varies with the batch, the threads and the machine.
 """
 
 import functools
@@ -11,11 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+UNIT = 1 << 14  # what the weights of an output pixel add up to: 8 bits of a pixel and 14 of a weight leave two of 24
 TABLE_BYTES = 1 << 26  # a larger table of maps is not worth its memory: one image at a time, then
 
 
 def crop_maps(side: int, size: int) -> Float[Tensor, "crops size side"]:
     """Returns the maps from `side` pixels to `size` for every crop of them: antialiased bicubic, a = -0.5, as PIL's.
+
+    Weights are whole multiples of 1 / UNIT, and given as these multiples; each row adds up to UNIT.
 
     The crop of `length` pixels from `start` on is number crop_number(start, length, side).
     """
@@ -30,7 +34,7 @@ def crop_maps(side: int, size: int) -> Float[Tensor, "crops size side"]:
         low, high = np.floor(center - 2 * stretch + 0.5), np.floor(center + 2 * stretch + 0.5)
         inside = (pixel >= np.maximum(low, start)) & (pixel < np.minimum(high, start + length))
         weight = _bicubic((pixel + 0.5 - center) / stretch) * inside  # [lengths, size, side]
-        maps.append((weight / weight.sum(axis=2, keepdims=True)).astype(np.float32))
+        maps.append(_whole(weight / weight.sum(axis=2, keepdims=True)))
     return torch.from_numpy(np.concatenate(maps))
 
 
@@ -55,10 +59,24 @@ def resize_crops(
     rows = _kept_maps(height, size[0])[crop_number(boxes[:, 0], boxes[:, 2], height)]  # [B, h, H]
     columns = _kept_maps(width, size[1])[crop_number(boxes[:, 1], boxes[:, 3], width)]  # [B, w, W]
     columns[flipped] = columns[flipped].flip(1)
-    lines = torch.bmm(rows, images.view(batch, height, -1).float())  # [B, h, W C]
-    lines = lines.view(batch, size[0], width, channels).transpose(1, 2).reshape(batch, width, -1)  # [B, W, h C]
-    pixels = torch.bmm(columns, lines).round_().clamp_(0, 255).to(torch.uint8)
-    return pixels.view(batch, size[1], size[0], channels).transpose(1, 2)
+    pixels = images.transpose(1, 2).reshape(batch, width, -1).float()  # [B, W, H C]
+    pixels = _rounded(torch.bmm(columns, pixels)).view(batch, size[1], height, channels)
+    pixels = pixels.transpose(1, 2).reshape(batch, height, -1)  # [B, H, w C]
+    return _rounded(torch.bmm(rows, pixels)).to(torch.uint8).view(batch, *size, channels)
+
+
+def _rounded(sums: Float[Tensor, "B n m"]) -> Float[Tensor, "B n m"]:
+    """Returns the nearest whole pixel values, after each axis as in PIL; all of it exact."""
+    return sums.add_(UNIT // 2).div_(UNIT).floor_().clamp_(0, 255)
+
+
+def _whole(weights: Float[np.ndarray, "crops size side"]) -> Float[np.ndarray, "crops size side"]:
+    """Returns the weights as whole multiples of 1 / UNIT that add up to UNIT; the largest takes the rest."""
+    whole = np.rint(weights * UNIT)
+    largest = whole.argmax(axis=2, keepdims=True)
+    rest = UNIT - whole.sum(axis=2, keepdims=True)
+    np.put_along_axis(whole, largest, np.take_along_axis(whole, largest, axis=2) + rest, axis=2)
+    return whole.astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4)

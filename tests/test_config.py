@@ -15,11 +15,11 @@ from quarterlight.ssl.config import (
     EncoderConfig,
     OptimConfig,
     PretrainConfig,
-    ShardsConfig,
     flat,
     steps_in,
 )
 from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.shard_config import ShardsConfig
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT / "ssl" / "config.py", ROOT / "finetune" / "config.py")

@@ -225,6 +225,10 @@ def replaced_by_the_like(folder: Path) -> None:
     (folder / "new").rename(folder / DAMAGED)
 
 
+def touched(folder: Path) -> None:
+    os.utime(folder / DAMAGED, ns=(1, 10**18))
+
+
 @dataclass
 class Case:
     """A damage and what is to come of it."""
@@ -236,12 +240,17 @@ class Case:
     refused: str | None = None  # words in the sentence that refuses the shards
     unlabelled: str = ""  # numbers of the samples that have no label
     silent: bool = False  # nothing tells that there was more
+    whole: bool = False  # the tar is whole, and told to hold no image: no bytes are lost
     opened: bool = False  # the damage comes after the index is opened
+    read: bool = False  # the damage comes after the shards are opened
     pattern: str = "*.tar"
     extra: list[str] = field(default_factory=list)  # keys of samples that are there in addition
 
 
 E8, REST = "01234567", "4567"
+LINK = "'b9.jpg' is a link, not followed"
+NO_IMAGE = "no jpg, jpeg, png, webp inside"
+AGAIN = "the shard was replaced after the run began: start it again"
 DATASET = '{"classes": ["cat", "dog", "fox", "owl"]}'
 
 CASES = [
@@ -293,14 +302,14 @@ CASES = [
         "a key twice",
         rewritten(lambda files: [*files, ("b3.jpg", encoded(3))]),
         "",
-        "there twice",
+        "'b3.jpg' is there before",
         unlabelled="3",
         extra=["b3"],
     ),
     Case(
         "images first, all labels after them",
         rewritten(lambda files: files[::2] + files[1::2]),
-        reported="lie apart from the other files",
+        reported="'b0.cls' is apart from the other files of its sample, and 6 like it",
     ),
     Case("names that are not UTF-8", renamed(lambda name: name.replace("b", "b\udce9", 1))),
     Case("names of 300 characters (GNU)", renamed(lambda name: "x" * 290 + "/" + name)),
@@ -308,14 +317,20 @@ CASES = [
     Case("names with ../", renamed(lambda name: f"../../{name}")),
     Case("absolute names", renamed(lambda name: f"/etc/{name}")),
     Case("an entry for a folder", with_entry("folder.jpg", tarfile.DIRTYPE)),
-    Case("a symbolic link called .jpg", with_entry("b9.jpg", tarfile.SYMTYPE, "/etc/passwd")),
-    Case("a hard link called .jpg", with_entry("b9.jpg", tarfile.LNKTYPE, "b0.jpg")),
+    Case("a symbolic link called .jpg", with_entry("b9.jpg", tarfile.SYMTYPE, "/etc/passwd"), "", LINK),
+    Case("a hard link called .jpg", with_entry("b9.jpg", tarfile.LNKTYPE, "b0.jpg"), "", LINK),
     Case("a sparse file", sparse, "", "'b9.jpg' is a sparse file"),
-    Case("two tars joined", contents(lambda data: data + data), "", "there twice", extra=[f"b{i}" for i in range(8)]),
+    Case(
+        "two tars joined",
+        contents(lambda data: data + data),
+        "",
+        "'b0.jpg' is there before, and 7 like it",
+        extra=[f"b{i}" for i in range(8)],
+    ),
     # Whole shards.
     Case("a shard of no bytes", contents(b""), refused="not a tar (it is empty)"),
     Case("a tar without files", rewritten(lambda files: []), E8, silent=True),
-    Case("a tar of texts only", rewritten(lambda files: files[1::2]), E8, silent=True),
+    Case("a tar of texts only", rewritten(lambda files: files[1::2]), E8, NO_IMAGE, whole=True),
     Case("a web page in place of a tar", contents(b"<!DOCTYPE html><html>404</html>" * 50), refused="<!DOCTYPE html>"),
     Case(
         "a tar that is gzipped",
@@ -337,10 +352,15 @@ CASES = [
         silent=True,
         extra=[f"z{i}" for i in range(9)],
     ),
-    Case("shard replaced during the run", replaced_shard, E8, "", opened=True),
-    Case("shard replaced during the run by one of the same sizes", replaced_by_the_like, E8, "", opened=True),
-    Case("shard cut during the run", cut(lambda m: m.offset_data + 9), REST, "was it replaced meanwhile", opened=True),
+    Case("shard replaced during the run", replaced_shard, E8, AGAIN, opened=True),
+    Case("shard replaced during the run by one of the same sizes", replaced_by_the_like, E8, AGAIN, opened=True),
+    Case("shard touched during the run", touched, E8, AGAIN, opened=True),
+    Case("shard cut during the run", cut(lambda m: m.offset_data + 9), E8, AGAIN, opened=True),
     Case("shard deleted during the run", lambda f: (f / DAMAGED).unlink(), E8, "No such file", opened=True),
+    # After the shard was opened, too.
+    Case("shard replaced while it is read", replaced_shard, read=True),
+    Case("shard deleted while it is read", lambda f: (f / DAMAGED).unlink(), read=True),
+    Case("shard cut while it is read", cut(lambda m: m.offset_data + 9), REST, "was it replaced meanwhile", read=True),
     # What lies beside the shards.
     Case("index.npz cut", mended_after(contents(lambda data: data[: len(data) // 2], "index.npz"))),
     Case("index.npz of no bytes", contents(b"", "index.npz")),
@@ -381,7 +401,10 @@ def run(case: Case, folder: Path, num_workers: int = 1) -> Outcome:
     """Writes the shards, damages them and reads one epoch as a run does."""
     for shard in SHARDS:
         write(folder / f"{shard}.tar", files_of(shard))
-    index = open_index(f"{folder}/*.tar") if case.opened else None
+    index = open_index(f"{folder}/*.tar") if case.opened or case.read else None
+    if index is not None and case.read:
+        for first in range(0, len(index), PER_SHARD):
+            index.read(first)
     case.damage(folder)
     try:
         index = index or open_index(f"{folder}/{case.pattern}")
@@ -435,7 +458,11 @@ def test_damage_costs_its_own_samples_or_is_refused_in_one_sentence(tmp_path, ca
         assert any(case.reported in reason for reason in outcome.reasons)
     elif not lost or case.silent:
         assert outcome.reasons == [] and outcome.lost == 0
-    if lost and not case.silent:
+    if case.opened:
+        assert set(map(base_name, outcome.unreadable)) == set(lost) and len(outcome.reasons) == 1
+    if case.whole or not lost:
+        assert outcome.lost <= 1  # no end mark, or a file that holds no sample
+    elif not case.silent:
         assert outcome.lost or set(map(base_name, outcome.unreadable)) == set(lost), "nothing is lost silently"
         assert outcome.lost <= 2 * len(lost)
 

@@ -14,7 +14,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from quarterlight.ssl.entries import IMAGE_EXTENSIONS, UNLABELLED, ShardEntries, group, scan_shard
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.tar_scan import Member
+from quarterlight.ssl.tar_scan import Defect, Member
+
+NO_IMAGE = "no jpg, jpeg, png, webp inside"
 
 Sample = tuple[str, bytes, int]  # key, bytes of the image, label
 
@@ -173,7 +175,8 @@ def test_what_lies_together_is_read_as_webdataset_reads_it(tmp_path, format, sam
     ]
     path = write_tar(tmp_path / "x.tar", files, format)
     assert seen_by_us(path) == (seen_by_webdataset(path) if files else [])
-    assert not scan_shard(path).defects
+    with_image = any(x.lower() in IMAGE_EXTENSIONS for extensions in samples.values() for x in extensions)
+    assert reasons(scan_shard(path)) == ([NO_IMAGE] if files and not with_image else [])
 
 
 # What webdataset does not read as it is meant.
@@ -185,7 +188,7 @@ def test_labels_that_lie_apart_from_their_images_are_found_and_told(tmp_path):
     expected = [(f"{i}", b"%d" % i, i % 7) for i in range(20)]
     entries = scan_shard(write_tar(tmp_path / "x.tar", images + labels))
     assert samples_of(tmp_path / "x.tar", entries) == expected
-    assert reasons(entries) == ["19 files lie apart from the other files of their sample, the first: '0.cls'"]
+    assert reasons(entries) == ["'0.cls' is apart from the other files of its sample, and 18 like it"]
     assert sorted(seen_by_us(write_tar(tmp_path / "y.tar", labels + images))) == sorted(expected)
 
 
@@ -200,14 +203,14 @@ def test_a_key_that_is_there_twice_is_two_samples_and_told(tmp_path):
     files = [("a.jpg", b"1"), ("a.cls", b"1"), ("b.jpg", b"2"), ("b.cls", b"2"), ("a.jpg", b"3"), ("a.cls", b"3")]
     entries = scan_shard(write_tar(tmp_path / "x.tar", files))
     assert samples_of(tmp_path / "x.tar", entries) == [("a", b"1", 1), ("b", b"2", 2), ("a", b"3", 3)]
-    assert reasons(entries) == ["1 files are there twice, the first: 'a.jpg'"]
+    assert reasons(entries) == ["'a.jpg' is there before"]
 
 
 def test_a_key_twice_in_a_row_is_two_samples_and_told(tmp_path):
     files = [("a.jpg", b"1"), ("a.cls", b"1"), ("a.JPG", b"3"), ("a.cls", b"3")]
     entries = scan_shard(write_tar(tmp_path / "x.tar", files))
     assert samples_of(tmp_path / "x.tar", entries) == [("a", b"1", 1), ("a", b"3", 3)]
-    assert reasons(entries) == ["1 files are there twice, the first: 'a.JPG'"]
+    assert reasons(entries) == ["'a.JPG' is there before"]
 
 
 def test_absolute_and_relative_names_are_two_samples(tmp_path):
@@ -370,10 +373,11 @@ def test_a_large_file_of_zeros_is_refused(tmp_path):
         scan_shard(path)
 
 
-@pytest.mark.parametrize("files", [[], [("a.txt", b"1"), ("a.cls", b"1")]])
+@pytest.mark.parametrize("files", [[], [("a.txt", b"1"), ("a.cls", b"1")], [("a.seg.png", b"1")], [("README", b"1")]])
 def test_a_tar_without_images_has_no_samples(tmp_path, files):
     entries = scan_shard(write_tar(tmp_path / "x.tar", files))
-    assert entries.keys == entries.defects == []
+    assert entries.keys == []
+    assert entries.defects == ([Defect(0, 0, NO_IMAGE)] if files else [])
     assert all(x.dtype == np.int64 and x.shape == (0,) for x in (entries.offset, entries.size, entries.label))
 
 

@@ -279,13 +279,59 @@ def test_a_label_that_is_no_class_number_leaves_the_sample_without_one(tmp_path,
         refuse_damage(index)
 
 
-def test_a_shard_that_shrank_since_it_was_indexed_is_an_oserror(tmp_path):
+def test_a_shard_that_shrank_since_it_was_opened_is_an_oserror_where_it_ends(tmp_path):
     (path,) = write_shards(tmp_path, 4)
     index = open_index(str(path))
+    assert index.read(1) == encoded(1)
     os.truncate(path, int(index.offset[3]) + 10)
     assert index.read(0) == encoded(0)
-    with pytest.raises(OSError, match="replaced"):
+    with pytest.raises(OSError, match="bytes before the image does: was it replaced meanwhile"):
         index.read(3)
+
+
+def renewed(path: Path) -> None:
+    """Puts a shard of the same bytes in place of this one."""
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, ns=(1, path.stat().st_mtime_ns + 1))
+    copy.rename(path)
+
+
+CHANGES = {
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "touched": lambda path: os.utime(path, ns=(1, path.stat().st_mtime_ns + 1)),
+    "older": lambda path: os.utime(path, ns=(1, path.stat().st_mtime_ns - 10**9)),
+    "replaced": renewed,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shard_that_changed_since_it_was_indexed_is_an_oserror_when_it_is_opened(tmp_path, change):
+    first, second = write_shards(tmp_path, 8)
+    index = open_index([str(first), str(second)])
+    CHANGES[change](second)
+    sent = pickle.loads(pickle.dumps(index))  # as to a worker
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for read in (index.read, sent.read):
+        assert [read(i) for i in range(4)] == [encoded(i) for i in range(4)]
+        for i in range(4, 8):
+            with pytest.raises(OSError, match="the shard was replaced after the run began: start it again"):
+                read(i)
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before + 2, "one open file for each index"
+    assert open_index([str(first), str(second)]).read(4) == encoded(4), "a new run takes it as it is"
+
+
+@pytest.mark.parametrize("change", ["replaced", "touched", "longer"])
+def test_a_shard_that_is_open_goes_on_being_read_when_another_takes_its_place(tmp_path, change):
+    (path,) = write_shards(tmp_path, 4)
+    index = open_index(str(path))
+    assert index.read(0) == encoded(0)
+    CHANGES[change](path)
+    assert [index.read(i) for i in range(4)] == [encoded(i) for i in range(4)]
+    with pytest.raises(OSError, match="start it again"):
+        pickle.loads(pickle.dumps(index)).read(0)
 
 
 # The sidecar.

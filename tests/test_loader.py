@@ -288,15 +288,20 @@ def test_nothing_but_damage_still_gives_a_batch(damaged_index):
     assert len(batch.bad) >= 3
 
 
-def test_a_shard_that_shrinks_after_it_was_indexed_counts_as_damage(tmp_path):
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_shard_that_shrinks_after_it_was_indexed_counts_as_damage(tmp_path, opened):
     pattern = write_shards(tmp_path)
     index = open_index(pattern)
+    if opened:  # what is open already is read as far as it goes
+        index.read(8)
     with Path(index.paths[1]).open("r+b") as file:
         file.truncate(int(index.offset[10]) + 40)
     batch = joined(batches_of(samples_of(index), range(3)))
-    assert {bad.key for bad in batch.bad} <= {f"{i:02d}" for i in range(10, 16)}
-    assert len(batch.bad) >= 6
-    assert not set(batch.keys) & {f"{i:02d}" for i in range(10, 16)}
+    lost = {f"{i:02d}" for i in range(10 if opened else 8, 16)}
+    assert {bad.key for bad in batch.bad} == lost
+    assert {bad.shard for bad in batch.bad} == {index.paths[1]}
+    assert all("replaced" in bad.reason for bad in batch.bad)
+    assert len(batch.keys) == 24 and not set(batch.keys) & lost
 
 
 def test_an_evaluation_refuses_damage_by_name(damaged_index):

@@ -181,8 +181,12 @@ def test_waits_grow_and_stay_bounded(monkeypatch):
 def test_read_remote(web):
     assert read_remote(f"{web.url}/data/a.tar", patience=QUICK) == TAR
     assert read_remote(f"{web.url}/data/none", patience=QUICK) is None
-    web.faults["/data/a.tar"] = ["403"]
-    with pytest.raises(InputError, match="refused"):
+    for refused in ("401", "403"):  # so do stores that one may not list answer for what is missing
+        web.faults["/data/a.tar"] = [refused, ""]
+        assert read_remote(f"{web.url}/data/a.tar", patience=QUICK) is None
+    assert read_remote(f"{web.url}/data/a.tar", patience=QUICK) == TAR
+    web.faults["/data/a.tar"] = ["503"]
+    with pytest.raises(InputError, match="a.tar"):
         read_remote(f"{web.url}/data/a.tar", patience=QUICK)
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from quarterlight.ssl.index import ShardIndex, open_index
 from quarterlight.ssl.loader import Spans, build_loader
 from quarterlight.ssl.masking import MaskSampler
 from quarterlight.ssl.order import FileOrder, Order, RepeatedOrder, ShuffledOrder
-from quarterlight.ssl.small_images import LARGEST_SIDE, find_small_images
+from quarterlight.ssl.small_images import LARGEST_SIDE, LEFTOVER_S, find_small_images
 
 COUNT = 40
 NOISE = RandomCrop((12, 12), (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
@@ -271,17 +273,21 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny_disk(tmp_path):
+def tiny_disk():
     """A folder on a disk of 400 kB."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         pytest.skip("mounting a disk needs root")
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True)
-    if made.returncode:
-        pytest.skip("no disk may be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # an index keeps its shards open
+    folder = Path(tempfile.mkdtemp(prefix="tiny-disk-"))  # not where another session of pytest cleans up
+    try:
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True)
+        if made.returncode:
+            pytest.skip("no disk may be mounted here")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)  # an index keeps its shards open
+    finally:
+        folder.rmdir()
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tiny_disk, tmp_path):
@@ -340,7 +346,7 @@ from pathlib import Path
 import numpy as np
 from quarterlight.ssl.decode import decode_image
 from quarterlight.ssl.index import open_index
-from quarterlight.ssl.small_images import find_small_images
+from quarterlight.ssl.small_images import LEFTOVER_S, find_small_images
 
 warnings.simplefilter("ignore")
 folder = Path(sys.argv[1])
@@ -354,6 +360,8 @@ while killed:
     killed = killed_before(number, ("open", "os.rename", "os.remove", "os.unlink"), folder, make)
     if killed:
         killed_before(number, ("open", "os.rename", "os.remove", "os.unlink"), folder, make)
+    for partial in folder.glob(".pixels-*.partial"):  # what another machine writes now is left alone
+        os.utime(partial, (partial.stat().st_mtime - 2 * LEFTOVER_S,) * 2)
     small = make()
     assert np.array_equal(small.read(np.arange(6)).numpy(), expected), number
     left = sorted(file.suffix for file in folder.iterdir() if "pixels" in file.name)
@@ -366,6 +374,18 @@ print(number)
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 6, "so many changes on disk"
+
+
+@pytest.mark.parametrize(("age", "stays"), [(0, True), (LEFTOVER_S - 60, True), (LEFTOVER_S + 60, False)])
+def test_half_written_files_are_deleted_when_nobody_can_be_writing_them(tmp_path, age, stays):
+    index = write(tmp_path)
+    partial, other = tmp_path / ".pixels-0123-3.npy.x.partial", tmp_path / ".index.npz.x.partial"
+    for file in (partial, other):
+        file.write_bytes(b"x")
+        os.utime(file, (time.time() - age,) * 2)
+    assert find_small_images(index, 3, tmp_path / "cache") is not None
+    assert partial.exists() == stays
+    assert other.exists(), "no file of ours"
 
 
 # It changes nothing but the time.

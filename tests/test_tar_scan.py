@@ -43,6 +43,20 @@ def seen_by_tarfile(path: Path) -> list[Member]:
         return [Member(x.name, x.offset_data, x.size) for x in tar if x.isreg() and not x.issparse()]
 
 
+def links_told(path: Path) -> list[Defect]:
+    """What a scan is to say of the links in an archive: one defect, and no bytes are lost."""
+    with tarfile.open(path, encoding="utf-8", errors="surrogateescape") as tar:
+        links = [x for x in tar if x.issym() or x.islnk()]
+    if not links:
+        return []
+    more = f", and {len(links) - 1} like it" if len(links) > 1 else ""
+    return [Defect(-1, 0, f"{links[0].name!r} is a link, not followed{more}")]
+
+
+def anywhere(defects: list[Defect]) -> list[Defect]:
+    return [x._replace(offset=-1) for x in defects]
+
+
 def with_checksum(block: bytearray) -> bytearray:
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
@@ -100,7 +114,9 @@ def test_any_archive_is_read_as_tarfile_reads_it(tmp_path, format, listed):
             tar.addfile(member, None if data is None else io.BytesIO(data))
     members, defects = scan_tar(path)
     assert members == seen_by_tarfile(path)
-    assert not defects
+    assert len(defects) == len(links_told(path)) and not any(x.size for x in defects)
+    if format == "ustar":  # elsewhere the name of a link may stand in a header before it
+        assert anywhere(defects) == links_told(path)
 
 
 @EXAMPLES
@@ -203,8 +219,27 @@ def test_global_pax_headers_and_long_links_change_no_name(tmp_path):
         link.name = "y" * 300
         tar.addfile(link)
         tar.addfile(regular("b.jpg", 0))
+    members, defects = scan_tar(path)
+    assert members == seen_by_tarfile(path)
+    assert [x.name for x in members] == ["a.jpg", "b.jpg"]
+    assert anywhere(defects) == [Defect(-1, 0, "'link' is a link, not followed, and 1 like it")]
+
+
+def test_one_link_is_told_by_its_name_and_place(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(regular("a.jpg", 1), io.BytesIO(b"a"))
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        tar.addfile(link)
+    assert scan_tar(path) == (seen_by_tarfile(path), [Defect(1024, 0, "'b.jpg' is a link, not followed")])
+
+
+@pytest.mark.parametrize("name", ["?", "who?.jpg", "n" * 96 + ".jpg", "p" * 80 + "/" + "n" * 96 + ".jpg"])
+def test_the_first_file_may_have_a_name_that_fills_its_header(tmp_path, name):
+    path = write_tar(tmp_path / "x.tar", [(name, b"a"), ("b.jpg", b"b")])
     assert scan_tar(path) == (seen_by_tarfile(path), [])
-    assert [x.name for x in scan_tar(path)[0]] == ["a.jpg", "b.jpg"]
+    assert scan_tar(path)[0][0].name == name
 
 
 def test_a_tar_inside_a_tar_is_one_file(tmp_path):
@@ -256,8 +291,10 @@ def test_what_tar_programs_pack_is_read_as_tarfile_reads_it(tmp_path, name):
     subprocess.run([*command, "-cf", path, "-C", root, "."], check=True)
     members, defects = scan_tar(path)
     assert members == seen_by_tarfile(path)
-    assert not defects
     assert len(members) in (16, 17)  # a second name of a file may be a link or a file
+    assert len(defects) == len(links_told(path)) == 1 and "is a link, not followed" in defects[0].reason
+    assert ("and 1 like it" in defects[0].reason) == (len(members) == 16)
+    assert not defects[0].size
     data = path.read_bytes()
     for member in members:
         assert data[member.offset : member.offset + member.size] == (root / member.name).read_bytes()
@@ -275,7 +312,7 @@ def test_appended_and_joined_archives_are_read(tmp_path):
     members, defects = scan_tar(tmp_path / "x.tar")
     assert members == seen_by_tarfile(tmp_path / "x.tar")
     assert [(x.name, x.size) for x in members] == [("0.jpg", 0), ("1.jpg", 700), ("2.jpg", 1400)]
-    assert not defects
+    assert not any(x.size for x in defects)
 
 
 SPARSE = {
