@@ -127,15 +127,10 @@ class MixedOrder(_ByEpoch):
 
 
 @dataclass
-class RepeatedOrder:
-    """`repeats` positions in a row show the same sample: one decoding, several crops and masks.
-
-    An epoch keeps its number of positions, as with timm's RepeatAugSampler: a pass over all samples takes `repeats`
-    epochs (Hoffer et al. 2020, "Augment your batch"; MAE-ST and Hiera decode a video once for several clips).
-    """
+class _Rearranged:
+    """An order that visits the positions of another one differently."""
 
     order: Order
-    repeats: int
 
     @property
     def samples(self) -> Int[np.ndarray, " n"]:
@@ -144,6 +139,17 @@ class RepeatedOrder:
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+@dataclass
+class RepeatedOrder(_Rearranged):
+    """`repeats` positions in a row show the same sample: one decoding, several crops and masks.
+
+    An epoch keeps its number of positions, as with timm's RepeatAugSampler: a pass over all samples takes `repeats`
+    epochs (Hoffer et al. 2020, "Augment your batch"; MAE-ST and Hiera decode a video once for several clips).
+    """
+
+    repeats: int
 
     def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
         """Returns the sample ids at these positions."""
@@ -151,7 +157,7 @@ class RepeatedOrder:
 
 
 @dataclass
-class LaneOrder:
+class LaneOrder(_Rearranged):
     """Gives each of `lanes` parts of every batch a stretch of the order of its own, so that a node needs few shards.
 
     A node that reads the first quarter of every batch goes through the first quarter of an epoch, from end to end. The
@@ -159,25 +165,16 @@ class LaneOrder:
     exchanged within a span of whole batches about an epoch long, so still every sample comes once.
     """
 
-    order: Order
     batch_size: int
     lanes: int  # divides batch_size
-
-    @property
-    def samples(self) -> Int[np.ndarray, " n"]:
-        """All ids it may give."""
-        return self.order.samples
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
         """Returns the sample ids at these positions."""
         steps = max(1, len(self) // self.batch_size)
         span, inside = np.divmod(positions, steps * self.batch_size)
         step, place = np.divmod(inside, self.batch_size)
-        lane, in_lane = np.divmod(place, self.batch_size // self.lanes)
         per_lane = self.batch_size // self.lanes
+        lane, in_lane = np.divmod(place, per_lane)
         return self.order.ids(span * steps * self.batch_size + (lane * steps + step) * per_lane + in_lane)
 
 
