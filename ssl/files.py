@@ -31,7 +31,7 @@ def _complete(file: Path) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(partial)` on a name beside `path` and renames it; a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")  # machines may share a disk
     try:
         write(partial)
         _complete(partial)

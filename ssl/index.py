@@ -129,12 +129,13 @@ class ShardIndex:
 
     def samples_lost(self) -> int:
         """Returns about how many samples are missing because the tars are damaged: lost bytes by those of a sample."""
-        lost = [defect.size for defect in self.defects if defect.size]
+        lost = [defect for defect in self.defects if defect.size]
         if not lost or not len(self):
             return len(lost)
-        last = np.unique(self.shard, return_index=True)[1][1:] - 1  # of the samples of each shard
-        ends = np.append(last, len(self) - 1)
-        return max(len(lost), round(sum(lost) * len(self) / int((self.offset + self.size)[ends].sum())))
+        ends = dict(zip(self.shard.tolist(), (self.offset + self.size).tolist(), strict=True))  # of the last samples
+        read = {self.paths[shard]: end for shard, end in ends.items()}
+        whole = sum(read.values()) - sum(d.size for d in lost if d.offset < read.get(d.shard, 0))
+        return max(len(lost), round(sum(d.size for d in lost) * len(self) / max(1, whole)))
 
     def describe_defects(self) -> list[str]:
         """Returns a sentence for each of the first defects, and one for the rest."""

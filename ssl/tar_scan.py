@@ -59,7 +59,7 @@ class _Scan:
         self.at = 0
         self.archive_start = 0  # of the archive that `at` lies in: concatenated ones follow each other
         self.zeros_to = 0  # where the last zeros ended
-        self.lost_to = 0  # where the last part ended that could not be read
+        self.lost_to = -1  # where the last part ended that could not be read
         self.links: list[tuple[int, str]] = []
         self.members: list[Member] = []
         self.defects: list[Defect] = []
