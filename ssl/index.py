@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .remote import fetch, is_remote, read_remote
 from .shard_cache import ShardCache
 from .shard_names import shard_paths, sources
 from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
+from .tar_scan import Defect
 
 DEFECTS_SHOWN = 3
 OPEN_FILES = 64  # a shuffled run touches every shard; stay far below the limit of open files
@@ -165,8 +167,9 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
     for folder in dict.fromkeys(_folder(path) for path in source_of):
         below = [path for path in source_of if _folder(path) == folder]
         found = _remote_entries(folder, below, cache_dir) if is_remote(folder) else _local_entries(Path(folder), below)
+        listed = _listed(folder)
         for path, (stamp, shard_entries) in zip(below, found, strict=True):
-            entries[path], stamps[path] = shard_entries, stamp[1:]
+            entries[path], stamps[path] = _compared(shard_entries, stamp, listed.get(stamp[0])), stamp[1:]
     paths = list(source_of)
     if not any(len(entries[path].keys) for path in paths):
         raise InputError(f"{paths[0]}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside")
@@ -176,6 +179,25 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
     source_numbers = np.array(list(source_of.values()), np.int64)
     known = [entries[path] for path in paths]
     return ShardIndex(paths, known, stamps=[stamps[path] for path in paths], sources=source_numbers, cache=cache)
+
+
+def _listed(folder: str) -> dict[str, tuple[int, int]]:
+    """Returns samples and bytes of the shards that the dataset.json of a folder lists; nothing where it is damaged."""
+    try:
+        splits = read_dataset(folder)["splits"].values()
+        return {x["name"]: (int(x["samples"]), int(x["bytes"])) for split in splits for x in split["shards"]}
+    except (InputError, KeyError, TypeError, AttributeError, ValueError):
+        return {}  # another tool's, or none
+
+
+def _compared(entries: ShardEntries, stamp: Stamp, listed: tuple[int, int] | None) -> ShardEntries:
+    """Returns the entries with a defect when the shard once had more samples: a tar's lost end does not show in it."""
+    if listed is None or len(entries.keys) >= listed[0]:
+        return entries
+    if stamp[1] >= listed[1] and any(defect.size for defect in entries.defects):
+        return entries  # these are what is missing
+    reason = f"{len(entries.keys)} samples are there, and dataset.json lists {listed[0]}"
+    return replace(entries, defects=[*entries.defects, Defect(stamp[1], max(1, listed[1] - stamp[1]), reason)])
 
 
 def _local_entries(folder: Path, paths: Iterable[str]) -> list[tuple[Stamp, ShardEntries]]:

@@ -531,3 +531,19 @@ def test_class_names_come_from_the_file_beside_the_shards(tmp_path):
     assert class_names(index) is None
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
     assert class_names(index) == ["cat", "dog"]
+
+
+def test_a_shard_with_fewer_samples_than_dataset_json_lists_is_reported_with_its_bytes(tmp_path):
+    paths = write_shards(tmp_path, 8)
+    with tarfile.open(paths[0]) as tar:
+        cut = tar.getmembers()[4].offset  # between two samples: nothing in the tar shows how much is missing
+    listed = [{"name": path.name, "samples": 4, "bytes": path.stat().st_size} for path in paths]
+    (tmp_path / "dataset.json").write_text(json.dumps({"splits": {"train": {"shards": listed}}}))
+    assert not open_index(str(tmp_path / "*.tar")).defects
+    os.truncate(paths[0], cut)
+    index = open_index(str(tmp_path / "*.tar"))
+    assert len(index) == 6
+    assert "2 samples are there, and dataset.json lists 4" in [defect.reason for defect in index.defects]
+    assert sum(defect.size for defect in index.defects) >= listed[0]["bytes"] - cut
+    with pytest.raises(InputError, match=r"train-000000\.tar: .*an evaluation must count every image"):
+        refuse_damage(index)
