@@ -53,9 +53,10 @@ def our_loader(index: Any, size: int, batch_size: int, workers: int, steps: rang
     from quarterlight.ssl.augment import random_crop
     from quarterlight.ssl.batches import Samples
     from quarterlight.ssl.config import DataConfig
-    from quarterlight.ssl.loader import Spans, build_loader
+    from quarterlight.ssl.loader import build_loader
     from quarterlight.ssl.order import ShuffledOrder
     from quarterlight.ssl.small_images import find_small_images
+    from quarterlight.ssl.spans import Spans
 
     order = ShuffledOrder(np.resize(np.arange(len(index)), epoch or len(index)), SEED)
     crop = random_crop(DataConfig(train="", crop_scale=SCALE, crop_ratio=RATIO), (size, size))

@@ -19,12 +19,13 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import ShardIndex, class_names
-from quarterlight.ssl.loader import EvalSpans, build_loader
+from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.runs import write_run_files
+from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
 
 from .config import FinetuneConfig
@@ -32,6 +33,7 @@ from .evaluate import evaluate
 from .heads import build_classifier, layer_decay_groups
 from .mixing import MixedLoss
 
+MOST_GAPS = 10  # times as many classes as there are labels: beyond it a label is a mistake, and the head too large
 BEST_FILE = "classifier_best.safetensors"
 
 
@@ -76,7 +78,6 @@ def finetune(config: FinetuneConfig) -> Figures:
             (run_dir / BEST_FILE).unlink(missing_ok=True)
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
-    opened.fetching.follow(opened.val)
     hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(order))
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
@@ -117,7 +118,7 @@ def _hooks(
     crop = CenterCrop(pair(classifier.patch_embed.img_size), config.data.crop_pct)
     samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
     spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True)
+    loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True, fetching=opened.fetching)
     labels = class_names(opened.train)
 
     def measure(step: int, log: RunLog) -> Figures:
@@ -146,10 +147,16 @@ def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> i
     Raises InputError when a sample has no label or a label that is too large.
     """
     for index, where in ((train, "data.train"), (val, "data.val")):
-        refuse_unlabelled(index.label, where, index.describe_defects())
+        refuse_unlabelled(index.label, where, index.label_defects())
     largest = int(max(train.label.max(), val.label.max()))
     names = class_names(train)
     count = num_classes or (len(names) if names else largest + 1)
+    distinct = len(np.unique(np.concatenate([train.label, val.label])))
+    if num_classes is None and not names and largest >= MOST_GAPS * max(distinct, MOST_GAPS):
+        raise InputError(
+            f"there are labels up to {largest}, but only {distinct} different ones: give num_classes {largest + 1} if "
+            "that is right, or mend the labels"
+        )
     if largest >= count:
         raise InputError(
             f"there are labels up to {largest}, but num_classes is {count}: give num_classes {largest + 1}"

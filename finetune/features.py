@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from quarterlight.ssl.batches import BadSample, Samples, refuse_bad
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.fetching import Fetching
 from quarterlight.ssl.files import replace_file, write_tensors
-from quarterlight.ssl.loader import EvalSpans, build_loader
+from quarterlight.ssl.loader import build_loader
+from quarterlight.ssl.spans import EvalSpans
 
 Features = dict[str, Tensor]  # float32 [images, D] by pooling: "avg" of the patch tokens, "token" the class token
 
@@ -29,7 +31,14 @@ def pooled(tokens: Float[Tensor, "B PN D"], encoder: Encoder) -> Features:
 
 @torch.no_grad()
 def extract(
-    encoder: Encoder, normalize: nn.Module, samples: Samples, accelerator: Accelerator, cache: Path, **loading: int
+    encoder: Encoder,
+    normalize: nn.Module,
+    samples: Samples,
+    accelerator: Accelerator,
+    cache: Path,
+    *,
+    fetching: Fetching | None = None,
+    **loading: int,
 ) -> tuple[Features, Int[Tensor, " n"]]:
     """Returns features and labels of all samples in file order, on the CPU; each process computes its own part.
 
@@ -43,7 +52,7 @@ def extract(
     if not part.is_file():
         spans = EvalSpans(len(samples.order), batch_size=loading["batch_size"], rank=rank, world_size=world_size)
         collected: dict[str, list[Tensor]] = {"labels": []}
-        for batch in build_loader(samples, spans, num_workers=loading["num_workers"]):
+        for batch in build_loader(samples, spans, num_workers=loading["num_workers"], fetching=fetching):
             bad += batch.bad
             with accelerator.autocast():
                 tokens = encoder(normalize(batch.images.to(accelerator.device)))

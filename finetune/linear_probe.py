@@ -127,10 +127,10 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
     for which, per_class in ((opened.train, config.data.samples_per_class), (opened.val, None)):
         order = FileOrder(labelled_subset(which.label, per_class, config.seed))
         refuse_damage(which)
-        opened.fetching.follow(which)
         samples = opened.samples(which, order, crop)
         loading = {"batch_size": config.extract_batch_size, "num_workers": config.num_workers}
-        tables.append(extract(encoder, normalize, samples, accelerator, run_dir / "features", **loading))
+        surroundings = accelerator, run_dir / "features"
+        tables.append(extract(encoder, normalize, samples, *surroundings, fetching=opened.fetching, **loading))
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
         result = {"command": "linear_probe", "finished": True, "encoder": report}

@@ -14,7 +14,7 @@ from .decode import ImageFile, UnreadableImage
 from .errors import InputError
 from .index import ShardIndex
 from .masking import Masking, MaskSampler
-from .order import Order
+from .order import Order, settings_of
 from .randoms import hashes, uniforms
 from .small_images import SmallImages
 
@@ -60,6 +60,11 @@ class Samples:
     small: SmallImages | None = None  # None: images are decoded as they are read
 
     @property
+    def repeats(self) -> int:
+        """Positions in a row that show the same sample."""
+        return settings_of(self.order)["repeats"]
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the images in a batch."""
         return (*self.transform.size, self.in_chans)
@@ -71,7 +76,8 @@ class Samples:
         draws = uniforms(self.seed, "augment", positions, self.transform.num_draws)
         images = torch.empty(len(ids), *self.shape, dtype=torch.uint8) if out is None else out
         bad: list[BadSample] = []
-        wanted = list(zip(ids.tolist(), (positions // len(self.order)).tolist(), strict=True))
+        first = positions // self.repeats * self.repeats  # so that an epoch's end parts no crops of one image
+        wanted = list(zip(ids.tolist(), (first // len(self.order)).tolist(), strict=True))
         if self.small is not None:
             self._fill_small(self.small, images, ids, wanted, draws, bad)
         else:
@@ -139,7 +145,7 @@ def refuse_bad(bad: list[BadSample]) -> None:
     if bad:
         raise InputError(
             f"{bad[0].shard}: sample {bad[0].key} cannot be read ({bad[0].reason}), and an evaluation must count every "
-            "image: write the shards anew without it"
+            "image: launch/shards.py repair leaves it out"
         )
 
 
@@ -147,6 +153,7 @@ def refuse_unlabelled(labels: Int[np.ndarray, " n"], where: str, defects: Sequen
     """Raises InputError when a sample has no label, with what is known to be wrong with the shards."""
     if missing := int((labels < 0).sum()):
         raise InputError(
-            f"{where}: {missing} of {len(labels)} samples have no label ({'; '.join(defects)}"
-            f"{'' if defects else 'no .cls or .json in the shard'}); write the shards from class folders"
+            f"{where}: {missing} of {len(labels)} samples have no label "
+            f"({'; '.join(defects) or 'no .cls or .json with a class number in the shard'}); "
+            "write the shards from class folders, or with a class number in every .cls"
         )

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from .decode import UnreadableImage, decode_image
-from .entries import IMAGE_EXTENSIONS, Sample, group, scan_shard
+from .entries import Sample, group, image_of, scan_shard
 from .errors import InputError
 from .remote import fetch, is_remote
-from .tar_scan import Defect, Member, scan_tar
+from .tar_scan import Defect, scan_tar
 
 CHUNK_BYTES = 4 << 20  # what a process is given at once
 CHUNK_SAMPLES = 256
@@ -93,6 +93,8 @@ def check_shards(paths: Sequence[str], num_workers: int) -> Iterator[ShardCheck]
                 try:
                     fetch(path, local)
                 except InputError as error:
+                    if "pip install" in str(error):  # of this machine, and not of a shard
+                        raise
                     yield _nothing(path, 0, str(error))
                 else:
                     yield _check(local, path, run)
@@ -120,11 +122,6 @@ def _check(path: Path, name: str, run: Run) -> ShardCheck:
 def _nothing(name: str, size: int, reason: str) -> ShardCheck:
     none = np.zeros(0, np.int64)
     return ShardCheck(name, size, [], [], none, none.astype(np.uint64), [], [], reason)
-
-
-def image_of(files: Sample) -> Member | None:
-    """Returns the file of a sample that is its image, as an index takes it."""
-    return next((files[x] for x in IMAGE_EXTENSIONS if x in files), None)
 
 
 def _chunks(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:

@@ -236,7 +236,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "embed_dim": (4, None), "num_heads": (1, None), "mlp_ratio": (1e-9, None),
     "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
-    "temperature": (1e-9, None), "train_weights": (1e-9, None), "repeats": (1, None), "block_samples": (1, None),
+    "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None),
 }  # fmt: skip
 

@@ -1,13 +1,11 @@
 """dataset.json beside shards: their classes, splits and counts, as `launch/shards.py` leaves them."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .patience import shown
-from .remote import is_remote, read_remote
+from .shard_names import read_small_file
 
 DATASET_FILE = "dataset.json"
 LEFT_OUT_FILE = "left_out.jsonl"  # beside it: what could not be read, and why
@@ -19,7 +17,7 @@ def read_dataset(folder: str) -> dict[str, Any]:
     Raises InputError when it is no JSON object.
     """
     file = f"{folder}/{DATASET_FILE}"
-    data = read_remote(file) if is_remote(file) else Path(file).read_bytes() if os.path.isfile(file) else None
+    data = read_small_file(file)
     if data is None:
         return {}
     try:

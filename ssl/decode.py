@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 178_956_970  # where PIL refuses too: beyond it a file of kilobytes fills the memory
 FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # PIL's others start programs or are no images
 ORIENTATION = 0x0112  # EXIF's tag
-APP1, SCAN = b"\xe1", b"\xda"  # JPEG segments: where EXIF lies, and where the pixels begin
+APP1, SCAN = 0xE1, 0xDA  # JPEG segments: where EXIF lies, and where the pixels begin
+PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)  # segments that say that the pixels come in scans, coarse ones first
 SNAP = 8  # pixels: the side of a JPEG block, of which a smaller decoding keeps a whole number of pixels
 OVERSAMPLING = 1.5  # a smaller decoding still has this many times the pixels that are asked for, per side
 
@@ -125,6 +127,8 @@ def _decode_jpeg(data: bytes, in_chans: int, min_height: int, min_width: int) ->
     try:
         return simplejpeg.decode_jpeg(data, **options, strict=True)
     except ValueError as error:
+        if _is_progressive(data):  # it may lack whole scans, which only shows in the picture
+            raise UnreadableImage(str(error)) from error
         try:  # a file that lacks nothing but its end marker is whole; one that lacks more still raises
             return simplejpeg.decode_jpeg(data + b"\xff\xd9", **options, strict=True)
         except ValueError:
@@ -138,7 +142,10 @@ def _decode_by_pil(data: bytes, in_chans: int) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 _refuse_bomb(opened.height, opened.width)
                 image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255; keep the upper eight
+                is_wide = image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PPM")
+                if image.mode in ("I", "F") and not is_wide:  # convert() would make it white or black
+                    raise UnreadableImage(f"its numbers are no pixel values from 0 to 255 or 65535 ({image.mode})")
+                if is_wide:  # convert() would clip 16 bits at 255; keep the upper eight
                     image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
                 elif image.mode == "P":  # convert() warns where single palette entries are transparent
                     image = image.convert("RGBA")
@@ -173,16 +180,26 @@ def _orientation(jpeg: bytes) -> int:
 
 def _exif(jpeg: bytes) -> bytes | None:
     """Returns the first EXIF segment of a JPEG, beginning with "Exif"; None where there is none."""
+    for marker, segment in _segments(jpeg):
+        if marker == APP1 and segment.startswith(b"Exif\0\0"):
+            return segment
+    return None
+
+
+def _is_progressive(jpeg: bytes) -> bool:
+    return any(marker in PROGRESSIVE for marker, _ in _segments(jpeg))
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields marker and contents of the segments of a JPEG before its pixels."""
     at = 2
-    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != SCAN:
-        if jpeg[at + 1 : at + 2] == b"\xff":  # a segment may be preceded by any number of these
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != SCAN:
+        if jpeg[at + 1] == 0xFF:  # a segment may be preceded by any number of these
             at += 1
             continue
         length = int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        if jpeg[at + 1 : at + 2] == APP1 and jpeg[at + 4 : at + 10] == b"Exif\0\0":
-            return jpeg[at + 4 : at + 2 + length]
+        yield jpeg[at + 1], jpeg[at + 4 : at + 2 + length]
         at += 2 + length
-    return None
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -28,13 +28,14 @@ from .batches import Batch, Samples
 from .checkpoint import load_state, save_state, state_folders
 from .config import StageConfig
 from .errors import InputError
-from .fetching import Fetching, places_of_node, remote_shards
-from .loader import Spans, build_loader
+from .fetching import Fetching
+from .loader import build_loader
 from .log import RunLog, append_jsonl, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
-from .order import ShardPlan, settings_of
+from .order import settings_of
 from .randoms import step_seed
+from .spans import Spans
 
 Figures = dict[str, float]
 
@@ -118,6 +119,11 @@ def train(
     rank, world_size, total_steps = accelerator.process_index, accelerator.num_processes, schedule.total_steps
     micro = micro_batch_size(config.batch_size, config.micro_batch_size, world_size)
     accum_steps = config.batch_size // world_size // micro
+    if micro % samples.repeats:
+        raise InputError(
+            f"data.repeats {samples.repeats} does not divide the {micro} images that a process takes at once: use a "
+            "divisor, or another micro_batch_size"
+        )
     progress = _resume(run_dir, task, optimizer, samples, rank)
     first_step = progress["step"]
     choose_attention(task, accelerator.device, config.precision)
@@ -137,12 +143,7 @@ def train(
         rank=rank,
         world_size=world_size,
     )
-    fetching = hooks.fetching or Fetching(0, enabled=False)
-    first, stop = places_of_node(config.batch_size // world_size, rank, accelerator.local_process_index)
-    index = samples.index
-    plan = ShardPlan(samples.order, index.shard, spans.steps, config.batch_size, first, stop, remote_shards(index))
-    fetching.follow(index, plan)
-    loader = iter(build_loader(samples, spans, num_workers=config.num_workers))
+    loader = iter(build_loader(samples, spans, num_workers=config.num_workers, fetching=hooks.fetching))
     meter = Meter(accelerator, config.batch_size)
     keys: list[str] = []
 
@@ -150,7 +151,6 @@ def train(
         done, last = step + 1, step + 1 == total_steps
         _reseed(step_seed(config.seed, "step", step, rank))
         set_lr(prepared, schedule.lr_at(step))
-        fetching.advance(index, step * config.batch_size)
         for i in range(accum_steps):
             batch = meter.next_batch(loader)
             keys = batch.keys
@@ -216,10 +216,10 @@ def _resume(
         )
     order = settings_of(samples.order)
     if progress.setdefault("order", order) != order:
-        was = progress["order"] | {"block_samples": progress["order"]["block_samples"] or len(samples.order)}
+        changed = "; ".join(f"{key} {progress['order'].get(key)}, now {order[key]}" for key in order)
         raise InputError(
-            f"{run_dir}: the run began with data.lanes {was['lanes']} and data.block_samples {was['block_samples']}, "
-            "and null stands for other numbers now that shards are on a local disk, or no longer: give these"
+            f"{run_dir}: the run began with another order of samples ({changed}): give data.lanes, data.block_samples, "
+            "data.repeats and the sources as they were (remote shards have other defaults than local ones)"
         )
     for path in [run_dir / f"samples-rank{rank}.jsonl", *([run_dir / "bad_samples.jsonl"] if rank == 0 else [])]:
         drop_later_records(path, progress["step"] - 1)  # their steps count from 0, and are done again
@@ -291,5 +291,5 @@ def _check(
     if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
         raise InputError(
             f"{bad} reads of samples failed in {samples_read} (data.max_bad_share is {limit}): see bad_samples.jsonl, "
-            "write the shards anew, or raise data.max_bad_share"
+            "leave them out with launch/shards.py repair, or raise data.max_bad_share"
         )

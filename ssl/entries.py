@@ -14,6 +14,8 @@ from .errors import InputError
 from .tar_scan import Defect, Member, scan_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+PICTURES = tuple(f".{x}" for x in (*IMAGE_EXTENSIONS, "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic"))
+ENDINGS = "which ends in " + ", ".join(IMAGE_EXTENSIONS)
 LABEL_EXTENSIONS = ("cls", "json", "txt")
 LONGEST_LABEL = 1 << 20  # bytes; a JSON of captions is far below it
 UNLABELLED = -1
@@ -43,13 +45,17 @@ def scan_shard(path: Path) -> ShardEntries:
         what = f"it begins with {start!r}" if start else "it is empty"
         raise InputError(f"{path}: not a tar ({what}); fetch or write it again, or leave it out")
     samples, odd = group(members)
-    if members and not any(x in sample for _, sample in samples for x in IMAGE_EXTENSIONS):
+    if members and not any(image_of(sample) for _, sample in samples):
         odd.append(Defect(0, 0, f"no {', '.join(IMAGE_EXTENSIONS)} inside"))
+    taken = {image for _, sample in samples if (image := image_of(sample))}
+    if spare := [x for x in members if x.name.lower().endswith(PICTURES) and x not in taken]:
+        more = f", and {len(spare) - 1} like it" if len(spare) > 1 else ""
+        odd.append(Defect(spare[0].offset, 0, f"{spare[0].name!r} is not read{more}: one image a sample, {ENDINGS}"))
     rows: list[tuple[int, int, int]] = []
     keys = []
     with path.open("rb") as file:
         for key, sample in samples:
-            image = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
+            image = image_of(sample)
             if image is not None:
                 label, defect = _label(file.fileno(), sample, key)
                 rows.append((image.offset, image.size, label))
@@ -57,6 +63,15 @@ def scan_shard(path: Path) -> ShardEntries:
                 odd += [defect] if defect else []
     offset, size, label = np.array(rows, np.int64).reshape(-1, 3).T.copy()
     return ShardEntries(offset, size, label, keys, defects + odd)
+
+
+def image_of(sample: Sample) -> Member | None:
+    """Returns the file of a sample that is its image: the first of IMAGE_EXTENSIONS, else one that ends like them.
+
+    So `cat.v2.jpg` is the image of `cat`, and `cat.seg.png` only where there is no `cat.jpg`.
+    """
+    exact = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
+    return exact or next((file for x, file in sample.items() if x.rpartition(".")[2] in IMAGE_EXTENSIONS), None)
 
 
 def group(members: Sequence[Member]) -> tuple[list[tuple[str, Sample]], list[Defect]]:

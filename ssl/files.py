@@ -61,9 +61,12 @@ def replace_folder(path: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes the files that a process left half written in `folder` when it was killed."""
-    for leftover in folder.glob(".*.partial"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Deletes what a killed process left half written in `folder`; with `name`, of that file only.
+
+    What living processes write would go as well: a folder that others write to needs the name.
+    """
+    for leftover in folder.glob(f".{name}.*.partial" if name else ".*.partial"):
         if leftover.is_file():
             leftover.unlink()
 

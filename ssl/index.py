@@ -8,9 +8,7 @@ a position would mean reading everything before it. Shards behind an address hav
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +16,15 @@ import numpy as np
 from jaxtyping import Int
 
 from .dataset_file import read_dataset
-from .entries import IMAGE_EXTENSIONS, ShardEntries, scan_shard
+from .entries import IMAGE_EXTENSIONS, ShardEntries
 from .errors import InputError
-from .files import replace_file
-from .patience import unwritable
-from .remote import fetch, is_remote, read_remote
+from .index_files import entries_of
+from .remote import is_remote
 from .shard_cache import ShardCache
-from .shard_names import shard_paths, sources
-from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
-from .tar_scan import Defect
+from .shard_names import folder_of, shard_paths, sources
 
 DEFECTS_SHOWN = 3
-OPEN_FILES = 64  # a shuffled run touches every shard; stay far below the limit of open files
+OPEN_FILES = 512  # a shuffled run touches every shard; half of what a process may have open by default
 
 
 class ShardDefect(NamedTuple):
@@ -95,7 +90,9 @@ class ShardIndex:
 
     def _file(self, shard: int) -> int:
         """Returns an open descriptor of a shard."""
-        if shard not in self._files:
+        if shard in self._files:
+            self._files[shard] = self._files.pop(shard)  # the last one used stands last
+        else:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             path = self.paths[shard]
@@ -134,10 +131,16 @@ class ShardIndex:
         lost = [defect for defect in self.defects if defect.size]
         if not lost or not len(self):
             return len(lost)
-        ends = dict(zip(self.shard.tolist(), (self.offset + self.size).tolist(), strict=True))  # of the last samples
-        read = {self.paths[shard]: end for shard, end in ends.items()}
+        last = np.searchsorted(self.shard, np.arange(len(self.paths)), side="right") - 1  # sample of each shard
+        ends = np.where(np.diff(self._first) > 0, (self.offset + self.size)[last], 0).tolist()
+        read = dict(zip(self.paths, ends, strict=True))
         whole = sum(read.values()) - sum(d.size for d in lost if d.offset < read.get(d.shard, 0))
         return max(len(lost), round(sum(d.size for d in lost) * len(self) / max(1, whole)))
+
+    def label_defects(self) -> list[str]:
+        """Returns a sentence for each of the first labels that are no class number."""
+        found = [d for d in self.defects if d.reason.startswith("label of")]
+        return [f"{d.shard}: {shortened(d.reason)}" for d in found[:DEFECTS_SHOWN]]
 
     def describe_defects(self) -> list[str]:
         """Returns a sentence for each of the first defects, and one for the rest."""
@@ -149,7 +152,11 @@ class ShardIndex:
         return lines + ([f"and {rest} more; launch/shards.py verify lists all"] if rest > 0 else [])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}}  # open files do not travel to workers
+        return {
+            **self.__dict__,
+            "_files": {},
+            "source": self.source[:0],
+        }  # workers need no sources; files do not travel
 
 
 def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) -> ShardIndex:
@@ -164,12 +171,10 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
             source_of.setdefault(path, number)
     entries: dict[str, ShardEntries] = {}
     stamps: dict[str, tuple[int, int]] = {}
-    for folder in dict.fromkeys(_folder(path) for path in source_of):
-        below = [path for path in source_of if _folder(path) == folder]
-        found = _remote_entries(folder, below, cache_dir) if is_remote(folder) else _local_entries(Path(folder), below)
-        listed = _listed(folder)
-        for path, (stamp, shard_entries) in zip(below, found, strict=True):
-            entries[path], stamps[path] = _compared(shard_entries, stamp, listed.get(stamp[0])), stamp[1:]
+    for folder in dict.fromkeys(folder_of(path) for path in source_of):
+        below = [path for path in source_of if folder_of(path) == folder]
+        for path, (stamp, shard_entries) in zip(below, entries_of(folder, below, cache_dir), strict=True):
+            entries[path], stamps[path] = shard_entries, stamp[1:]
     paths = list(source_of)
     if not any(len(entries[path].keys) for path in paths):
         raise InputError(f"{paths[0]}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside")
@@ -181,97 +186,9 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
     return ShardIndex(paths, known, stamps=[stamps[path] for path in paths], sources=source_numbers, cache=cache)
 
 
-def _listed(folder: str) -> dict[str, tuple[int, int]]:
-    """Returns samples and bytes of the shards that the dataset.json of a folder lists; nothing where it is damaged."""
-    try:
-        splits = read_dataset(folder)["splits"].values()
-        return {x["name"]: (int(x["samples"]), int(x["bytes"])) for split in splits for x in split["shards"]}
-    except (InputError, KeyError, TypeError, AttributeError, ValueError):
-        return {}  # another tool's, or none
-
-
-def _compared(entries: ShardEntries, stamp: Stamp, listed: tuple[int, int] | None) -> ShardEntries:
-    """Returns the entries with a defect when the shard once had more samples: a tar's lost end does not show in it."""
-    if listed is None or len(entries.keys) >= listed[0]:
-        return entries
-    if stamp[1] >= listed[1] and any(defect.size for defect in entries.defects):
-        return entries  # these are what is missing
-    reason = f"{len(entries.keys)} samples are there, and dataset.json lists {listed[0]}"
-    return replace(entries, defects=[*entries.defects, Defect(stamp[1], max(1, listed[1] - stamp[1]), reason)])
-
-
-def _local_entries(folder: Path, paths: Iterable[str]) -> list[tuple[Stamp, ShardEntries]]:
-    known = read_sidecar(folder)
-    stamps = [_stamp(Path(path)) for path in paths]
-    missing = [stamp for stamp in stamps if stamp not in known]
-    for stamp in missing:
-        known = _replaced(known, stamp, scan_shard(folder / stamp[0]))
-    if missing and os.access(folder, os.W_OK):  # from a read-only folder the index is built at every start
-        _write_sidecar(folder, known)
-    return [(stamp, known[stamp]) for stamp in stamps]
-
-
-def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -> list[tuple[Stamp, ShardEntries]]:
-    """Returns the entries from the index beside the shards, else from one made earlier, else from the shards."""
-    if cache_dir is None:
-        raise InputError(f"{paths[0]}: only shards on local disks are read here")
-    data = read_remote(f"{folder}/{INDEX_NAME}")
-    known = {stamp[0]: (stamp, entries) for stamp, entries in (unpack(data) if data else {}).items()}
-    names = [path.rpartition("/")[2] for path in paths]
-    if any(name not in known for name in names):
-        kept = cache_dir / "indexes" / hashlib.sha256(folder.encode()).hexdigest()[:16]
-        before = read_sidecar(kept)
-        known = {stamp[0]: (stamp, entries) for stamp, entries in before.items()} | known
-        missing = [path for path, name in zip(paths, names, strict=True) if name not in known]
-        if missing:
-            print(
-                f"{folder}: no {INDEX_NAME} lists {missing[0].rpartition('/')[2]}; fetching {len(missing)} shards once "
-                f"to make one (launch/shards.py index makes one to put beside them)",
-                flush=True,
-            )
-        for stamp, entries in scan_remote(missing, cache_dir):
-            known[stamp[0]] = (stamp, entries)
-            before = _replaced(before, stamp, entries)
-            _write_sidecar(kept, before)
-    return [known[name] for name in names]
-
-
-def scan_remote(paths: Sequence[str], cache_dir: Path) -> Iterator[tuple[Stamp, ShardEntries]]:
-    """Yields what each remote shard holds; it is fetched to `cache_dir` for that, one at a time, and deleted."""
-    for path in paths:
-        try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(cache_dir, error) from error
-        with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-            local = Path(folder) / path.rpartition("/")[2]
-            fetch(path, local)
-            yield (local.name, local.stat().st_size, 0), scan_shard(local)
-
-
 def shortened(text: str, most: int = 300) -> str:
     """Returns a text of at most so many characters: names in a damaged tar may have a million."""
     return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _folder(path: str) -> str:
-    """Returns the folder of a shard, a path or an address."""
-    return path.rpartition("/")[0] or "/"
-
-
-def _stamp(path: Path) -> Stamp:
-    found = path.stat()
-    return path.name, found.st_size, found.st_mtime_ns
-
-
-def _replaced(known: Known, stamp: Stamp, entries: ShardEntries) -> Known:
-    """Returns `known` with a shard's entries, and none for older states of that shard."""
-    return {s: e for s, e in known.items() if s[0] != stamp[0]} | {stamp: entries}
-
-
-def _write_sidecar(folder: Path, known: Known) -> None:
-    data = pack(known)
-    replace_file(folder / INDEX_NAME, lambda partial: partial.write_bytes(data))
 
 
 def refuse_damage(index: ShardIndex) -> None:
@@ -285,4 +202,4 @@ def refuse_damage(index: ShardIndex) -> None:
 
 def class_names(index: ShardIndex) -> list[str] | None:
     """Returns the class names in label order that `launch/shards.py` left beside the first of these shards, if any."""
-    return read_dataset(_folder(index.paths[0])).get("classes")
+    return read_dataset(folder_of(index.paths[0])).get("classes")

@@ -11,62 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .batches import Batch, Samples
 from .errors import InputError, ProcessError
+from .fetching import Fetching, ranks_of_machine, remote_shards
+from .order import ShardPlan
 from .ring import InRing, Ring
+from .spans import EvalSpans, Spans
 
 PREFETCHED = 2  # batches a worker reads ahead
-
-
-class Spans(Sampler[tuple[int, int]]):
-    """The spans of positions that one rank reads, one for each micro-batch.
-
-    Step s covers positions s * batch_size, ..., (s + 1) * batch_size - 1; rank r of w reads the r-th of w equal parts,
-    in micro-batches one after another. So the samples of a step do not depend on w or on the micro-batch size.
-    """
-
-    def __init__(self, steps: range, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> None:
-        self.steps = steps
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.per_rank = batch_size // world_size
-        self.rank = rank
-
-    @property
-    def largest(self) -> int:
-        """The most positions in a span."""
-        return self.micro_batch_size
-
-    def __len__(self) -> int:
-        return len(self.steps) * (self.per_rank // self.micro_batch_size)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in self.steps:
-            first = step * self.batch_size + self.rank * self.per_rank
-            for start in range(first, first + self.per_rank, self.micro_batch_size):
-                yield start, start + self.micro_batch_size
-
-
-class EvalSpans(Sampler[tuple[int, int]]):
-    """Positions 0, ..., num_samples - 1 once over all ranks; the last batch of a rank may be short."""
-
-    def __init__(self, num_samples: int, *, batch_size: int, rank: int, world_size: int) -> None:
-        self.first, self.last = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
-        self.batch_size = batch_size
-
-    @property
-    def largest(self) -> int:
-        """The most positions in a span."""
-        return max(1, min(self.batch_size, self.last - self.first))
-
-    def __len__(self) -> int:
-        return -(-(self.last - self.first) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for start in range(self.first, self.last, self.batch_size):
-            yield start, min(start + self.batch_size, self.last)
 
 
 class _Refused(NamedTuple):
@@ -93,13 +47,13 @@ class _Reader(Dataset):
 
 
 @dataclass
-class _Numbered(Sampler[tuple[int, int, int]]):
-    """The spans of a sampler with their numbers in front."""
+class _Numbered:
+    """The spans with their numbers in front."""
 
-    spans: Sampler[tuple[int, int]]
+    spans: Spans | EvalSpans
 
     def __len__(self) -> int:
-        return len(self.spans)  # type: ignore[arg-type]
+        return len(self.spans)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         for number, (start, stop) in enumerate(self.spans):
@@ -110,13 +64,24 @@ class Loader:
     """Batches in the order of the spans, for any number of workers."""
 
     def __init__(
-        self, samples: Samples, spans: Spans | EvalSpans, *, num_workers: int, persistent: bool = False
+        self,
+        samples: Samples,
+        spans: Spans | EvalSpans,
+        *,
+        num_workers: int,
+        persistent: bool = False,
+        fetching: Fetching | None = None,
     ) -> None:
+        """Takes the memory for the batches at once where workers are persistent, lest a late pass find too little.
+
+        With `fetching`, remote shards are fetched in the order of each pass.
+        """
         self.samples = samples
         self.spans = spans
         self.num_workers = num_workers
         self.persistent = persistent and num_workers > 0
-        self._kept: DataLoader | None = None
+        self.fetching = fetching
+        self._kept = self._build() if self.persistent else None
         self._passes = 0
 
     def __len__(self) -> int:
@@ -125,18 +90,27 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Returns batches; a new pass ends an earlier one. Raises ProcessError when a shard cannot be had."""
         loader = self._kept or self._build()
-        self._kept = loader if self.persistent else None
         self._passes += 1
+        self._follow()
         return self._pass(iter(loader), self._passes)  # the workers begin now, not when the first batch is asked for
 
     def _pass(self, batches: Iterator[Any], mine: int) -> Iterator[Batch]:
         copies = self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if self.fetching is not None:
+                self.fetching.advance(self.samples.index, number)
             if isinstance(batch, _Refused):
                 raise ProcessError(batch.sentence)
             yield batch._replace(images=batch.images.clone()) if copies else batch
             if self.persistent and mine != self._passes:  # its batches have been overwritten by the later one
                 raise RuntimeError("a later pass over this loader has begun: this one cannot go on")
+
+    def _follow(self) -> None:
+        """Has the shards fetched that the processes of this machine read in this pass."""
+        index = self.samples.index
+        if self.fetching is not None and index.cache is not None:
+            spans = [self.spans.of_rank(rank) for rank in ranks_of_machine(self.spans.rank)]
+            self.fetching.follow(index, ShardPlan(self.samples.order, index.shard, spans, remote_shards(index)))
 
     def _build(self) -> DataLoader:
         """Returns torch's loader, with a ring of its own."""
@@ -156,9 +130,16 @@ class Loader:
         )
 
 
-def build_loader(samples: Samples, spans: Spans | EvalSpans, *, num_workers: int, persistent: bool = False) -> Loader:
+def build_loader(
+    samples: Samples,
+    spans: Spans | EvalSpans,
+    *,
+    num_workers: int,
+    persistent: bool = False,
+    fetching: Fetching | None = None,
+) -> Loader:
     """Returns a loader of Batches; `persistent` workers wait for another pass."""
-    return Loader(samples, spans, num_workers=num_workers, persistent=persistent)
+    return Loader(samples, spans, num_workers=num_workers, persistent=persistent, fetching=fetching)
 
 
 def _start_method(cuda: bool) -> Any:

@@ -9,11 +9,11 @@ from pathlib import Path
 from .entries import ShardEntries, scan_shard
 from .errors import InputError
 from .files import replace_file
-from .index import scan_remote
+from .index_files import scan_remote
 from .patience import shown
 from .remote import is_remote, read_remote, write_remote
 from .shard_config import IndexConfig
-from .shard_names import shard_paths, sources
+from .shard_names import folder_of, shard_paths, sources
 from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
 
 
@@ -23,14 +23,14 @@ def write_index(patterns: Sequence[str], config: IndexConfig) -> None:
     Raises InputError when a pattern matches nothing, a shard is no tar, or the index cannot be written.
     """
     paths = list(dict.fromkeys(path for source in sources(patterns) for path in shard_paths(source)))
-    folders = list(dict.fromkeys(path.rpartition("/")[0] for path in paths))
+    folders = list(dict.fromkeys(folder_of(path) for path in paths))
     if config.out is not None and len(folders) > 1:
         raise InputError(
             f"out {config.out} takes one index, and the shards lie in {len(folders)} folders: index each by itself"
         )
     out = _target(config.out) if config.out is not None else None
     for folder in folders:
-        below = [path for path in paths if path.rpartition("/")[0] == folder]
+        below = [path for path in paths if folder_of(path) == folder]
         if is_remote(folder):
             _index_address(folder, below, out)
         else:

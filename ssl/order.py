@@ -4,10 +4,12 @@ Position p of a run belongs to epoch p // num_samples; a batch may straddle two 
 An order is an object with `len` (the positions of an epoch), `samples` (all ids it may give) and `ids(positions)`.
 """
 
+import abc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from itertools import zip_longest
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -36,16 +38,19 @@ class Order(Protocol):
         ...
 
 
-class _ByEpoch:
+class _ByEpoch(abc.ABC):
     """An order that is known an epoch at a time; the last epoch asked for is kept."""
 
     _kept: tuple[int, np.ndarray] | None = None
 
-    def __len__(self) -> int:
-        raise TypeError("an order says how long it is")
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def _epoch_ids(self, epoch: int) -> np.ndarray:
-        raise TypeError("an order says what an epoch holds")
+    @abc.abstractmethod
+    def _epoch_ids(self, epoch: int) -> np.ndarray: ...
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
     def ids(self, positions: Int[np.ndarray, " p"]) -> Int[np.ndarray, " p"]:
         """Returns the sample ids at these positions."""
@@ -79,7 +84,7 @@ class ShuffledOrder(_ByEpoch):
     ) -> None:
         self.samples = samples
         self.seed = seed
-        self.shards = shards
+        self.shards = None if block_samples is None else shards
         self.block_samples = block_samples
 
     def __len__(self) -> int:
@@ -211,8 +216,12 @@ def build_order(
     block = data.block_samples if data.block_samples is not None or not remote else REMOTE_BLOCK_SAMPLES
     lanes = data.lanes if data.lanes is not None else (math.gcd(REMOTE_LANES, batch_size) if remote else 1)
     if batch_size % lanes:
+        divisors = [str(n) for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= 2 * lanes]
+        raise InputError(f"data.lanes {lanes} does not divide batch_size {batch_size}: use {', '.join(divisors[-4:])}")
+    if batch_size // lanes % data.repeats:
         raise InputError(
-            f"data.lanes {lanes} does not divide batch_size {batch_size}: use {math.gcd(lanes, batch_size)}"
+            f"data.repeats {data.repeats} does not divide {batch_size // lanes}, the images of a lane in a batch "
+            f"(batch_size {batch_size} / data.lanes {lanes}): use a divisor of it"
         )
     weights = data.train_weights
     if weights is None:
@@ -224,7 +233,10 @@ def build_order(
             )
         parts = [sources == i for i in range(num_sources)]
         if empty := [i for i, part in enumerate(parts) if not part.any()]:
-            raise InputError(f"data.train: source {empty[0] + 1} of {num_sources} has no samples of its own")
+            raise InputError(
+                f"data.train: source {empty[0] + 1} of {num_sources} has no samples of its own: its shards stand in an "
+                "earlier source too"
+            )
         mixed = [
             ShuffledOrder(samples[part], seed + i, shards=shards[part], block_samples=block)
             for i, part in enumerate(parts)
@@ -235,34 +247,34 @@ def build_order(
     return LaneOrder(order, batch_size, lanes) if lanes > 1 else order
 
 
-def settings_of(order: Order) -> dict[str, int | None]:
-    """Returns data.lanes and data.block_samples as they are in an order: null means other numbers for remote shards."""
-    lanes = order.lanes if isinstance(order, LaneOrder) else 1
+def settings_of(order: Order) -> dict[str, Any]:
+    """Returns what decides an order beside its seed and samples, as numbers: null means others for remote shards."""
+    lanes, repeats = 1, 1
     while isinstance(order, LaneOrder | RepeatedOrder):
+        lanes = order.lanes if isinstance(order, LaneOrder) else lanes
+        repeats = order.repeats if isinstance(order, RepeatedOrder) else repeats
         order = order.order
     parts = order.orders if isinstance(order, MixedOrder) else [order]
-    shuffled = [x for x in parts if isinstance(x, ShuffledOrder)]
-    blocks = [x.block_samples for x in shuffled if x.block_samples is not None and x.block_samples < len(x)]
-    return {"lanes": lanes, "block_samples": blocks[0] if blocks else None}
+    blocks = [x.block_samples or len(x) for x in parts if isinstance(x, ShuffledOrder)]
+    counts = order.counts if isinstance(order, MixedOrder) else [len(order)]
+    size = min(max(blocks, default=0), len(order.samples))  # one block is one block, however large
+    return {"lanes": lanes, "block_samples": size, "repeats": repeats, "samples_of_sources": counts}
 
 
 @dataclass
 class ShardPlan:
-    """Which shards a node needs, by the position at which the step begins that reads them: what is fetched ahead."""
+    """Which shards a machine needs, by the number of the batch that needs them: what is fetched ahead."""
 
     order: Order
     shard_of: Int[np.ndarray, " n"]  # shard of each sample id
-    steps: range
-    batch_size: int
-    first: int  # this node reads places first, ..., stop - 1 of every batch
-    stop: int
+    spans: Sequence[Iterable[tuple[int, int]]]  # the positions that each process of the machine reads, batch by batch
     remote: frozenset[int]  # the shards that have to be fetched
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in self.steps:
-            start = step * self.batch_size
-            shards = self.shard_of[self.order.ids(np.arange(start + self.first, start + self.stop))].tolist()
-            yield from ((start, shard) for shard in dict.fromkeys(shards) if shard in self.remote)
+        for number, together in enumerate(zip_longest(*self.spans)):
+            positions = np.concatenate([np.arange(*span) for span in together if span is not None])
+            shards = self.shard_of[self.order.ids(positions)].tolist()
+            yield from ((number, shard) for shard in dict.fromkeys(shards) if shard in self.remote)
 
 
 def labelled_subset(labels: Int[np.ndarray, " n"], samples_per_class: int | None, seed: int) -> Int[np.ndarray, " m"]:

@@ -103,7 +103,8 @@ def pretrain(config: PretrainConfig) -> Figures:
 
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
-        print(f"{report}\n{len(ids)} images, {total_steps} steps of {config.batch_size}", flush=True)
+        an_epoch = "" if len(order) == len(ids) else f", {len(order)} an epoch"
+        print(f"{report}\n{len(ids)} images{an_epoch}, {total_steps} steps of {config.batch_size}", flush=True)
         if statistics_images:
             print(f"batch norms are measured on {STATISTICS_IMAGES} whole images before every export", flush=True)
     if isinstance(autoencoder.target, PCATarget):

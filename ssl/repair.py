@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .check import ShardCheck, check_shards, image_of
+from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE, read_dataset
-from .entries import IMAGE_EXTENSIONS, Sample, ShardEntries, group, scan_shard
+from .entries import IMAGE_EXTENSIONS, Sample, ShardEntries, group, image_of, scan_shard
 from .errors import InputError
 from .files import remove_leftovers, replace_file, write_json, write_text
 from .patience import shown
@@ -82,7 +82,7 @@ def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
     path = Path(check.path)
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path.parent} cannot be written: copy {path.name} to a folder where it can be repaired")
-    remove_leftovers(path.parent)
+    remove_leftovers(path.parent, path.name)
     members, _ = scan_tar(path)
     bad = _bad_samples(check, members)
     lines = [{"key": None, "byte": d.offset, "bytes": d.size, "reason": d.reason} for d in check.damage]
@@ -177,7 +177,7 @@ def _update_dataset(folder: Path, paths: Sequence[Path]) -> None:
     names = {path.name for path in paths if path.with_name(path.name + DAMAGED_SUFFIX).exists()}
     if not names or not file.exists():
         return
-    remove_leftovers(folder)
+    remove_leftovers(folder, DATASET_FILE)
     try:
         dataset = read_dataset(str(folder))
         before = json.dumps(dataset)

@@ -41,6 +41,11 @@ def shard_paths(pattern: str) -> list[str]:
     return list(found)
 
 
+def folder_of(path: str) -> str:
+    """Returns the folder of a shard, a path or an address."""
+    return path.rpartition("/")[0] or "/"
+
+
 def read_small_file(location: str) -> bytes | None:
     """Returns what is at a path or an address; None when there is nothing."""
     if is_remote(location):
@@ -65,7 +70,13 @@ def _local(part: str) -> Iterator[str]:
 
 
 def _remote(part: str) -> list[str]:
-    if not glob.has_magic(part.partition("?")[0] if part.startswith("http") else part):
+    name = part.partition("?")[0] if part.startswith("http") else part
+    host, _, path = name.partition("://")[2].partition("/")
+    if not host or not path or path.endswith("/"):
+        raise InputError(
+            f"shards: {part} names no tar; write its shards, as in {name.rstrip('/')}/train-{{000..146}}.tar"
+        )
+    if not glob.has_magic(name):
         return [part]  # whether it is there is known when it is fetched: a thousand questions take minutes
     matches = glob_remote(part)
     if not matches:
@@ -88,7 +99,9 @@ def _of_info_file(part: str) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"shards: {file} lists no splits with filenames, as timm writes them ({error!r})") from error
     if split not in names:
-        raise InputError(f"shards: {file} has the splits {', '.join(names)}: write {file}:{next(iter(names), 'train')}")
+        raise InputError(
+            f"shards: {file} has the splits {', '.join(names)}: write one of them behind it, as in {file}:{next(iter(names), 'train')}"
+        )
     paths = [f"{folder}/{name}" if folder else name for name in names[split]]
     return [path if is_remote(path) else next(_local(path)) for path in paths]
 

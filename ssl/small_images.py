@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,34 +46,60 @@ class SmallImages:
 def find_small_images(index: ShardIndex, in_chans: Literal[1, 3], cache_dir: Path) -> SmallImages | None:
     """Returns the array of a set whose images are all of one size of at most LARGEST_SIDE pixels; None for others.
 
-    It is made when it is not there, or not of these very shards: beside the first of them, or below `cache_dir` where
-    that folder cannot be written. Raises InputError when neither can.
+    It is made when it is not there: beside the first shard, or below `cache_dir` where that folder cannot be written.
+    Raises InputError when neither can.
     """
     if index.cache is not None or (size := _common_size(index, in_chans)) is None:
         return None
     beside = Path(index.paths[0]).parent
-    name = f"pixels-{hashlib.sha256(chr(0).join(index.paths).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
-    shape, stamp = (len(index), *size, in_chans), _stamp(index)
+    name, shape = f"pixels-{_stamp(index)}-{in_chans}", (len(index), *size, in_chans)
     for folder in (beside, cache_dir):
-        if (found := _read(folder / f"{name}-{in_chans}.npy", shape, stamp)) is not None:
-            return found
-    file = (beside if os.access(beside, os.W_OK) else cache_dir) / f"{name}-{in_chans}.npy"
-    unreadable: dict[int, str] = {}
+        if (before := _read(folder / f"{name}.npy", shape)) is not None:
+            return SmallImages(folder / f"{name}.npy", before["unreadable"]) if before["one_size"] else None
+    file = (beside if os.access(beside, os.W_OK) else cache_dir) / f"{name}.npy"
+    facts: dict[str, Any] = {"one_size": True, "unreadable": {}}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(file.parent)
-        file.with_suffix(".json").unlink(missing_ok=True)
-        replace_file(file, _decoding(index, shape, unreadable))
-        write_json(file.with_suffix(".json"), {"shards": stamp, "unreadable": unreadable})
-    except _OtherSize:
-        return None
+        print(f"decoding {len(index):,} images of {size[1]} x {size[0]} px once, into {file}", flush=True)
+        try:
+            replace_file(file, _decoding(index, shape, facts["unreadable"]))
+        except _OtherSize:
+            facts = {"one_size": False, "unreadable": {}}
+        write_json(file.with_suffix(".json"), facts)
     except OSError as error:
         raise InputError(
             f"{file} cannot be written ({error.strerror or error}): the decoded images take "
             f"{np.prod(shape) / 1e6:.0f} MB; make room there, or make the folder of the shards read-only and give "
             "data.cache_dir"
         ) from error
-    return SmallImages(file, unreadable)
+    return SmallImages(file, facts["unreadable"]) if facts["one_size"] else None
+
+
+class _OtherSize(Exception):
+    """An image is not as large as the first one."""
+
+
+def _stamp(index: ShardIndex) -> str:
+    """Returns a hash of what the shards are, and of when they were written.
+
+    It is the file's name, so what a run has begun to read is never replaced; mended shards are decoded anew.
+    """
+    return hashlib.sha256(json.dumps([index.fingerprint(), index.stamps]).encode()).hexdigest()[:16]
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """Returns what an earlier run has found out of these shards; None where it is missing or damaged."""
+    try:
+        facts = json.loads(file.with_suffix(".json").read_text())
+        facts["unreadable"] = {int(sample): str(reason) for sample, reason in facts["unreadable"].items()}
+        if facts["one_size"]:
+            pixels = np.load(file, mmap_mode="r")
+            if pixels.shape != shape or pixels.dtype != np.uint8:
+                return None
+        return facts
+    except Exception:  # of damaged files json and numpy raise errors of many kinds
+        return None
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -82,27 +108,6 @@ def _remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > LEFTOVER_S:
                 partial.unlink()
-
-
-class _OtherSize(Exception):
-    """An image is not as large as the first one."""
-
-
-def _stamp(index: ShardIndex) -> str:
-    """Returns a hash of what the shards are, and of when they were written: mended ones are decoded anew."""
-    return hashlib.sha256(json.dumps([index.fingerprint(), index.stamps]).encode()).hexdigest()[:16]
-
-
-def _read(file: Path, shape: tuple[int, ...], stamp: str) -> SmallImages | None:
-    """Returns what an earlier run has left, where it is whole and of these shards."""
-    try:
-        facts = json.loads(file.with_suffix(".json").read_text())
-        pixels = np.load(file, mmap_mode="r")
-        if facts["shards"] == stamp and pixels.shape == shape and pixels.dtype == np.uint8:
-            return SmallImages(file, {int(sample): reason for sample, reason in facts["unreadable"].items()})
-    except Exception:  # of damaged files json and numpy raise errors of many kinds
-        return None
-    return None
 
 
 def _common_size(index: ShardIndex, in_chans: Literal[1, 3]) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from .errors import InputError
 from .index import ShardIndex, open_index
 from .patience import shown
 from .randoms import hashes
+from .shard_names import folder_of
 
 FILE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test")
@@ -79,7 +80,7 @@ def read_shards(paths: dict[str, str], *, val_share: float | None, seed: int) ->
     """
     _check_share(val_share)
     index = open_index(list(paths.values()))
-    datasets = {folder: read_dataset(folder) for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths)}
+    datasets = {folder: read_dataset(folder) for folder in dict.fromkeys(folder_of(path) for path in paths)}
     val_shards = {f"{folder}/{name}" for folder, dataset in datasets.items() for name in _val_shards(dataset)}
     splits: dict[str, list[SourceImage]] = {"train": [], "val": []}
     for path, images in _images_in(index, paths):
@@ -128,7 +129,7 @@ def _val_shards(dataset: dict[str, Any]) -> set[str]:
 def _class_names(index: ShardIndex, paths: list[str], datasets: dict[str, dict[str, Any]]) -> list[str] | None:
     """Returns the class names in which all labelled shards agree; None when one of them has none."""
     labelled = np.unique(index.shard[index.label != UNLABELLED]).tolist()
-    folders = dict.fromkeys(paths[i].rpartition("/")[0] for i in labelled)
+    folders = dict.fromkeys(folder_of(paths[i]) for i in labelled)
     named = {folder: datasets[folder].get("classes") for folder in folders}
     lists = [names for names in named.values() if names]
     if any(names != lists[0] for names in lists):

@@ -23,7 +23,7 @@ from .order import Order, build_order
 from .released import Weights, encoder_spec, read_weights
 from .runs import open_run
 from .shard_names import sources
-from .small_images import find_small_images
+from .small_images import SmallImages, find_small_images
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Opened:
     weights: Weights | None  # None: initial ones
     spec: ModelSpec  # of the encoder
     fetching: Fetching
+    small: dict[int, SmallImages | None]  # by id of the index
 
     def training_order(self, ids: Int[np.ndarray, " n"], batch_size: int) -> Order:
         """Returns the order in which these samples of `train` are trained on. Raises InputError."""
@@ -57,9 +58,8 @@ class Opened:
         self, index: ShardIndex, order: Order, transform: RandomCrop | CenterCrop, masks: MaskSampler | None = None
     ) -> Samples:
         """Returns what reads and crops the samples of `index` in this order."""
-        data = self.config.data
-        small = find_small_images(index, data.in_chans, cache_folder(data))
-        return Samples(index, order, transform, self.config.seed, data.in_chans, masks, small)
+        small = self.small.get(id(index))
+        return Samples(index, order, transform, self.config.seed, self.config.data.in_chans, masks, small)
 
 
 def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) -> Opened:
@@ -70,25 +70,28 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
     accelerator = build_accelerator(config.precision)
     run_dir = open_run(config)
     data = config.data
+    weights = read_weights(init) if init is not None else None  # before the shards, which may take long
+    spec = encoder_spec(config.encoder, data, weights)
+    if data.train_weights is not None and len(data.train_weights) != (count := len(sources(data.train))):
+        raise InputError(
+            f"data.train_weights has {len(data.train_weights)} numbers for {count} sources in data.train: give one each"
+        )
     with accelerator.local_main_process_first():  # the first process writes the index, the others read it
         train = open_index(data.train, cache_dir=cache_folder(data))
         val = open_index(data.val, cache_dir=cache_folder(data)) if data.val is not None else None
-        for index in (train, val):
-            if index is not None:
-                find_small_images(index, data.in_chans, cache_folder(data))
+        indexes = [index for index in (train, val) if index is not None]
+        small = {id(index): find_small_images(index, data.in_chans, cache_folder(data)) for index in indexes}
     _check_damage(train, data.max_bad_share)
     if val is not None:
         refuse_damage(val)
-    remote = [index for index in (train, val) if index is not None and index.cache is not None]
-    fetching = Fetching(int(data.cache_gb * 1e9) // max(1, len(remote)), accelerator.is_local_main_process)
+    fetching = Fetching(int(data.cache_gb * 1e9), accelerator.is_local_main_process)
+    fetching.share(indexes)
     atexit.register(fetching.close)
-    for index in remote:  # for now, what is asked for; who reads all of it, says so
-        fetching.follow(index, [])
+    for index in indexes:  # for now, what is asked for; each pass of a loader says what it reads
+        fetching.follow(index)
     if accelerator.is_main_process:
         _report_defects(train, run_dir)
-    weights = read_weights(init) if init is not None else None
-    spec = encoder_spec(config.encoder, data, weights)
-    return Opened(accelerator, run_dir, config, train, val, None if untrained else weights, spec, fetching)
+    return Opened(accelerator, run_dir, config, train, val, None if untrained else weights, spec, fetching, small)
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -104,7 +107,8 @@ def _check_damage(index: ShardIndex, max_bad_share: float) -> None:
     if lost > max(BAD_SAMPLES_ALLOWED, max_bad_share * (len(index) + lost)):
         raise InputError(
             f"about {lost} of {len(index) + lost} samples are lost in damaged shards (data.max_bad_share is "
-            f"{max_bad_share}); {'; '.join(index.describe_defects())}: fetch or write them again, or raise it"
+            f"{max_bad_share}): fetch or write them again, raise data.max_bad_share, or leave out what is lost with "
+            f"launch/shards.py repair; {'; '.join(index.describe_defects())}"
         )
 
 

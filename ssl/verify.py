@@ -18,7 +18,7 @@ from .files import write_text
 from .patience import shown
 from .remote import is_remote
 from .shard_config import VerifyConfig
-from .shard_names import shard_paths, sources
+from .shard_names import folder_of, shard_paths, sources
 
 SHOWN = 20  # findings on the screen
 
@@ -89,11 +89,12 @@ def verify_shards(patterns: Sequence[str], config: VerifyConfig) -> bool:
         shard = found.shards[check.path]
         print(
             f"{displayed(check.path):<{width}}  {len(check.keys):>9,} samples  {check.size / 1e6:>9,.1f} MB  "
-            f"{shard.labelled:>9,} labelled  {len(check.unreadable):>5,} unreadable  {len(check.damage):>5,} damaged",
+            f"{shard.labelled:>9,} labelled  {len(check.unreadable):>5,} unreadable  {len(check.damage):>5,} damaged"
+            f"{'  (cannot be read at all)' if check.failure else ''}",
             flush=True,
         )
-    for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
-        found.findings += _compare(folder, {p: s for p, s in found.shards.items() if p.rpartition("/")[0] == folder})
+    for folder in dict.fromkeys(folder_of(path) for path in paths):
+        found.findings += _compare(folder, {p: s for p, s in found.shards.items() if folder_of(p) == folder})
     found.findings += _notes(found.shards)
     found.findings.sort(key=lambda finding: finding.kind == "note")
     if report:

@@ -24,8 +24,9 @@ from quarterlight.ssl.augment import RandomCrop
 from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import class_names, open_index
-from quarterlight.ssl.loader import EvalSpans, build_loader
+from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import ShuffledOrder
+from quarterlight.ssl.spans import EvalSpans
 
 SHARDS, PER_SHARD = "abc", 8
 BLOCK = 512

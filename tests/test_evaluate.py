@@ -23,8 +23,9 @@ from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.engine import build_accelerator
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
-from quarterlight.ssl.loader import EvalSpans, build_loader
+from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.spans import EvalSpans
 
 SIDE, CLASSES = 8, 7
 

@@ -12,9 +12,10 @@ from quarterlight.ssl.augment import CenterCrop, RandomCrop
 from quarterlight.ssl.batches import Batch, Samples, refuse_bad, refuse_unlabelled
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex, open_index
-from quarterlight.ssl.loader import EvalSpans, Spans, build_loader
+from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.masking import MaskSampler
 from quarterlight.ssl.order import FileOrder, LaneOrder, MixedOrder, Order, RepeatedOrder, ShuffledOrder
+from quarterlight.ssl.spans import EvalSpans, Spans
 
 COUNT, BATCH, STEPS = 22, 8, 9
 DAMAGED = (3, 13)

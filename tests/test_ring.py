@@ -20,10 +20,11 @@ from quarterlight.ssl.augment import CenterCrop, RandomCrop
 from quarterlight.ssl.batches import Batch, Samples
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex, open_index
-from quarterlight.ssl.loader import PREFETCHED, EvalSpans, Loader, Spans, _as_it_is, _Numbered, _Reader, build_loader
+from quarterlight.ssl.loader import PREFETCHED, Loader, _as_it_is, _Numbered, _Reader, build_loader
 from quarterlight.ssl.masking import MaskSampler
 from quarterlight.ssl.order import FileOrder, ShuffledOrder
 from quarterlight.ssl.ring import InRing, Ring
+from quarterlight.ssl.spans import EvalSpans, Spans
 
 COUNT, BATCH, STEPS = 23, 4, 17
 

@@ -22,10 +22,11 @@ from quarterlight.ssl.batches import Batch, Samples
 from quarterlight.ssl.decode import decode_image
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex, open_index
-from quarterlight.ssl.loader import Spans, build_loader
+from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.masking import MaskSampler
 from quarterlight.ssl.order import FileOrder, Order, RepeatedOrder, ShuffledOrder
 from quarterlight.ssl.small_images import LARGEST_SIDE, LEFTOVER_S, find_small_images
+from quarterlight.ssl.spans import Spans
 
 COUNT = 40
 NOISE = RandomCrop((12, 12), (0.2, 1.0), (3 / 4, 4 / 3), 0.5)
