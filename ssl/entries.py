@@ -48,7 +48,10 @@ def scan_shard(path: Path) -> ShardEntries:
     if members and not any(image_of(sample) for _, sample in samples):
         odd.append(Defect(0, 0, f"no {', '.join(IMAGE_EXTENSIONS)} inside"))
     taken = {image for _, sample in samples if (image := image_of(sample))}
-    if spare := [x for x in members if x.name.lower().endswith(PICTURES) and x not in taken]:
+    pictures = [
+        x for x in members if x.name.lower().endswith(PICTURES) and not x.name.rpartition("/")[2].startswith(".")
+    ]
+    if spare := [x for x in pictures if x not in taken]:
         more = f", and {len(spare) - 1} like it" if len(spare) > 1 else ""
         odd.append(Defect(spare[0].offset, 0, f"{spare[0].name!r} is not read{more}: one image a sample, {ENDINGS}"))
     rows: list[tuple[int, int, int]] = []

@@ -83,6 +83,7 @@ def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path.parent} cannot be written: copy {path.name} to a folder where it can be repaired")
     remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, LEFT_OUT_FILE)
     members, _ = scan_tar(path)
     bad = _bad_samples(check, members)
     lines = [{"key": None, "byte": d.offset, "bytes": d.size, "reason": d.reason} for d in check.damage]
@@ -178,6 +179,7 @@ def _update_dataset(folder: Path, paths: Sequence[Path]) -> None:
     if not names or not file.exists():
         return
     remove_leftovers(folder, DATASET_FILE)
+    remove_leftovers(folder, LEFT_OUT_FILE)
     try:
         dataset = read_dataset(str(folder))
         before = json.dumps(dataset)

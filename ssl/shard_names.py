@@ -71,11 +71,9 @@ def _local(part: str) -> Iterator[str]:
 
 def _remote(part: str) -> list[str]:
     name = part.partition("?")[0] if part.startswith("http") else part
-    host, _, path = name.partition("://")[2].partition("/")
-    if not host or not path or path.endswith("/"):
-        raise InputError(
-            f"shards: {part} names no tar; write its shards, as in {name.rstrip('/')}/train-{{000..146}}.tar"
-        )
+    path = name.partition("://")[2].partition("/")[2]
+    if not path or path.endswith("/"):
+        raise InputError(f"shards: {part} names no tar; write {name.rstrip('/')}/train-{{000..146}}.tar, or the like")
     if not glob.has_magic(name):
         return [part]  # whether it is there is known when it is fetched: a thousand questions take minutes
     matches = glob_remote(part)
@@ -99,9 +97,8 @@ def _of_info_file(part: str) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"shards: {file} lists no splits with filenames, as timm writes them ({error!r})") from error
     if split not in names:
-        raise InputError(
-            f"shards: {file} has the splits {', '.join(names)}: write one of them behind it, as in {file}:{next(iter(names), 'train')}"
-        )
+        example = f"{file}:{next(iter(names), 'train')}"
+        raise InputError(f"shards: {file} has the splits {', '.join(names)}: write one behind it, as in {example}")
     paths = [f"{folder}/{name}" if folder else name for name in names[split]]
     return [path if is_remote(path) else next(_local(path)) for path in paths]
 
