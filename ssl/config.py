@@ -54,9 +54,10 @@ class DataConfig:
     """Parts of a batch that go through stretches of the data of their own, so that each machine fetches its part only.
     null: 1, or 8 for remote shards."""
     cache_dir: str | None = None
-    """Folder on a local disk for remote shards. null: ~/.cache/quarterlight/shards."""
+    """Folder on a local disk for remote shards, and for indexes and decoded images of shards in folders that cannot be
+    written. null: quarterlight/shards in $XDG_CACHE_HOME, or in ~/.cache."""
     cache_gb: float = 100.0
-    """How much of remote shards is kept there, in gigabytes (10^9 bytes)."""
+    """How much of remote shards is kept there, in gigabytes (10^9 bytes), train and val together."""
     max_bad_share: float = 0.01
     """Share of the samples read so far that may be unreadable before the run stops (ten always may)."""
 
