@@ -12,7 +12,7 @@ from .dataset_file import read_dataset
 from .entries import ShardEntries, scan_shard
 from .errors import InputError
 from .files import replace_file
-from .patience import unwritable
+from .patience import shown, unwritable
 from .remote import fetch, is_remote, read_remote
 from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
 from .tar_scan import Defect
@@ -60,10 +60,17 @@ def _local_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) ->
         kept = _kept_index(folder, cache_dir)
         known = read_sidecar(kept) | known
     missing = [stamp for stamp in stamps if stamp not in known]
+    refused = []
     for stamp in missing:
-        known = _replaced(known, stamp, scan_shard(Path(folder) / stamp[0]))
-    if missing:
+        try:
+            known = _replaced(known, stamp, scan_shard(Path(folder) / stamp[0]))
+        except InputError as error:
+            refused.append(str(error))
+    if missing and known:
         _keep(kept, known)
+    if refused:
+        more = f" (and {len(refused) - 1} more: launch/shards.py verify lists them)" if len(refused) > 1 else ""
+        raise InputError(refused[0] + more)
     return [(stamp, known[stamp]) for stamp in stamps]
 
 
@@ -102,7 +109,11 @@ def scan_remote(paths: Sequence[str], cache_dir: Path) -> Iterator[tuple[Stamp, 
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
             local = Path(folder) / path.rpartition("/")[2]
             fetch(path, local)
-            yield (local.name, local.stat().st_size, 0), scan_shard(local)
+            try:
+                entries = scan_shard(local)
+            except InputError as error:
+                raise InputError(str(error).replace(str(local), shown(path))) from error
+            yield (local.name, local.stat().st_size, 0), entries
 
 
 def _stamp(path: Path) -> Stamp:

@@ -219,7 +219,8 @@ def _check_size(url: str, partial: Path, size: int | None, sizes: list[int]) -> 
     else:
         error = WrongSize(
             f"{came} bytes came where the index says {size}, so the shard changed since its index was made; "
-            f"python launch/shards.py index {shown(url)} mends that"
+            "python launch/shards.py index makes a new one (and if none lies beside the shards, the old one is kept in "
+            "data.cache_dir/indexes: delete it)"
         )
     error.is_final = len(sizes) >= SAME_SIZE_TRIES and len(set(sizes[-SAME_SIZE_TRIES:])) == 1
     raise error

@@ -1,6 +1,8 @@
 """Where images come from before they are new shards: a folder, scikit-learn's digits, CIFAR-10, or other shards."""
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +185,12 @@ def _folder(root: Path, labels: Literal["auto", "folders", "none"], val_share: f
     if not root.is_dir():
         raise InputError(f"source {root}: no such folder (and not one of: digits, cifar10)")
     roots = _split_folders(root, val_share)
-    files = {split: list(_images_below(folder)) for split, folder in roots.items()}
+    found = {split: list(_files_below(folder)) for split, folder in roots.items()}
+    files = {split: list(filter(is_image, paths)) for split, paths in found.items()}
+    others = Counter(x.suffix.lower() or "no suffix" for paths in found.values() for x in paths if not is_image(x))
+    if others and any(files.values()):
+        listed = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(8))
+        print(f"left aside {sum(others.values())} files that are no images by their names ({listed})", file=sys.stderr)
     for split, paths in files.items():
         if not paths:
             raise InputError(f"source {roots[split]}: no image inside (looked for {' '.join(FILE_SUFFIXES)})")
@@ -223,15 +230,20 @@ def _split_folders(root: Path, val_share: float | None) -> dict[str, Path]:
     return {"train": train, "val": val}
 
 
-def _images_below(root: Path) -> Iterator[Path]:
-    """Yields the paths of image files relative to `root`, sorted, links to folders followed."""
+def is_image(path: Path) -> bool:
+    """Returns whether a file is an image by its name."""
+    return path.name.lower().endswith(FILE_SUFFIXES)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yields the paths of files relative to `root`, sorted, hidden ones left out, links to folders followed."""
     visited = {os.path.realpath(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(subfolders)}
         subfolders[:] = [name for name, path in real.items() if not name.startswith(".") and path not in visited]
         visited.update(real[name] for name in subfolders)
         for name in sorted(names):
-            if name.lower().endswith(FILE_SUFFIXES) and not name.startswith("."):
+            if not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root)
 
 

@@ -117,7 +117,7 @@ def _report_defects(index: ShardIndex, run_dir: Path) -> None:
     if not index.defects:
         return
     lost = index.samples_lost()
-    head = f"about {lost} samples are lost in damaged shards:" if lost else "odd about the shards:"
+    head = f"lost in damaged shards, about {lost} samples in all:" if lost > 1 else "noticed in the shards:"
     print("\n  ".join([head, *index.describe_defects()]), flush=True)
     if not (run_dir / "bad_samples.jsonl").exists():
         append_jsonl(run_dir / "bad_samples.jsonl", [{"step": -1, **d._asdict()} for d in index.defects])
