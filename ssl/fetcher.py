@@ -46,8 +46,8 @@ class Fetcher:
         size, url = max(remote, default=(0, ""))
         if size > limit_bytes:
             raise InputError(
-                f"data.cache_gb is {limit_bytes / 1e9:g}, but {shown(url)} alone has {size / 1e9:.3g} GB; "
-                "give room for several shards"
+                f"data.cache_gb is too little: {limit_bytes / 1e9:.3g} GB of it are for these shards, and {shown(url)} "
+                f"alone has {size / 1e9:.3g} GB; give room for several shards"
             )
         self.process: subprocess.Popen[bytes] | None = None
         self._job = Job(cache, plan, limit_bytes, patience, parallel, os.getpid())

@@ -38,12 +38,12 @@ class Fetching:
 
     def share(self, indexes: Sequence[ShardIndex]) -> None:
         """Divides the limit among several sets: the later ones get their own size, at most half."""
-        left = self.limit_bytes
-        for index in reversed(indexes[1:]):
+        left, remote = self.limit_bytes, [index for index in indexes if index.cache is not None]
+        for index in reversed(remote[1:]):
             size = sum(index.cache.sizes[shard] for shard in remote_shards(index)) if index.cache is not None else 0
             self.limits[id(index)] = min(size, left // 2)
             left -= self.limits[id(index)]
-        self.limits[id(indexes[0])] = left
+        self.limits |= {id(index): left for index in remote[:1]}
 
     def advance(self, index: ShardIndex, number: int) -> None:
         """Says that batch `number` of the plan is being read."""

@@ -24,7 +24,7 @@ from .shard_cache import ShardCache
 from .shard_names import folder_of, shard_paths, sources
 
 DEFECTS_SHOWN = 3
-OPEN_FILES = 512  # a shuffled run touches every shard; half of what a process may have open by default
+OPEN_FILES = 256  # a shuffled run touches every shard; two sets have half of what a process may have open by default
 
 
 class ShardDefect(NamedTuple):

@@ -394,7 +394,7 @@ def test_documents_and_drawings_are_no_images(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 98}])
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"subsampling": 0, "quality": 98}])
 def test_a_jpeg_that_lacks_its_end_marker_only_is_read_whole(options):
     noise = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
     data = encoded(Image.fromarray(noise), "JPEG", **options)
@@ -403,6 +403,33 @@ def test_a_jpeg_that_lacks_its_end_marker_only_is_read_whole(options):
     for cut in (len(data) // 2, len(data) - 40, len(data) - 12):
         with pytest.raises(UnreadableImage):
             decode_image(data[:cut])
+
+
+def test_a_progressive_jpeg_without_its_end_marker_is_unreadable():
+    """It may lack whole scans: cut between two of them it is a picture all the same, but a coarse one."""
+    data = encoded(photo(), "JPEG", progressive=True)
+    scans = [i for i in range(len(data)) if data.startswith(b"\xff\xda", i)]
+    assert len(scans) > 4
+    for cut in (len(data) - 2, *scans[1:]):
+        with pytest.raises(UnreadableImage, match="Premature end"):
+            decode_image(data[:cut])
+    assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_pgm_of_16_bits_keeps_its_upper_8(in_chans):
+    values = np.arange(0, 65536, 64, np.uint16).reshape(32, 32)
+    data = b"P5\n32 32\n65535\n" + values.astype(">u2").tobytes()
+    assert np.array_equal(decode_image(data, in_chans), np.repeat((values >> 8)[..., None], in_chans, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_numbers_that_are_no_pixel_values_are_unreadable(dtype, in_chans):
+    data = encoded(Image.fromarray(np.linspace(0, 90_000, 64).reshape(8, 8).astype(dtype)), "TIFF")
+    with pytest.raises(UnreadableImage, match="no pixel values") as caught:
+        decode_image(data, in_chans)
+    assert "\n" not in str(caught.value)
 
 
 def test_bytes_behind_a_jpegs_end_do_no_harm():

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from quarterlight.ssl.entries import IMAGE_EXTENSIONS, UNLABELLED, ShardEntries, group, scan_shard
+from quarterlight.ssl.entries import IMAGE_EXTENSIONS, PICTURES, UNLABELLED, ShardEntries, group, scan_shard
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.tar_scan import Defect, Member
 
 NO_IMAGE = "no jpg, jpeg, png, webp inside"
+NOT_READ = "'{}' is not read{}: one image a sample, which ends in jpg, jpeg, png, webp"
 
 Sample = tuple[str, bytes, int]  # key, bytes of the image, label
 
@@ -35,6 +36,9 @@ def seen_by_webdataset(path: Path) -> list[Sample]:
     with path.open("rb") as file:
         for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
             image = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
+            if image is None:  # ours reads what only ends like one, the first in the tar
+                files = [x for x in sample if not x.startswith("__")]
+                image = next((sample[x] for x in files if x.split(".")[-1] in IMAGE_EXTENSIONS), None)
             label = int(sample["cls"]) if "cls" in sample else json.loads(sample.get("json", b"{}")).get("label", -1)
             if image is not None:
                 found.append((sample["__key__"], image, label))
@@ -146,8 +150,44 @@ def test_any_key_is_the_one_that_webdataset_reads(tmp_path, key):
 
 
 def test_the_extension_is_everything_after_the_first_dot(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.seg.png", b"2"), ("a.cls", b"3"), ("b.v2.jpg", b"4")])
-    assert seen_by_us(path) == seen_by_webdataset(path) == [("a", b"1", 3)]
+    files = [("a.seg.png", b"2"), ("a.jpg", b"1"), ("a.cls", b"3"), ("b.v2.jpg", b"4"), ("b.cls", b"5")]
+    path = write_tar(tmp_path / "x.tar", files)
+    assert seen_by_us(path) == seen_by_webdataset(path) == [("a", b"1", 3), ("b", b"4", 5)]
+    assert reasons(scan_shard(path)) == [NOT_READ.format("a.seg.png", "")]
+
+
+@pytest.mark.parametrize(
+    ("names", "image"),
+    [
+        (["v2.jpg"], "v2.jpg"),
+        (["V2.JPG"], "V2.JPG"),
+        (["seg.png"], "seg.png"),
+        (["seg.png", "webp"], "webp"),
+        (["seg.png", "v2.jpg"], "seg.png"),  # neither is better: the first in the tar
+        (["png", "jpg"], "jpg"),
+        (["a.b.c.jpeg"], "a.b.c.jpeg"),
+        (["jpg.txt", "jpgx"], None),
+    ],
+)
+def test_an_image_may_end_like_one_where_there_is_no_other(tmp_path, names, image):
+    path = write_tar(tmp_path / "x.tar", [(f"d.e/cat.{name}", name.encode()) for name in names])
+    entries = scan_shard(path)
+    assert samples_of(path, entries) == ([("d.e/cat", image.encode(), -1)] if image else [])
+    unread = [x for x in names if x != image and image]
+    assert reasons(entries) == ([NOT_READ.format(f"d.e/cat.{unread[0]}", "")] if unread else [NO_IMAGE] * (not image))
+
+
+@pytest.mark.parametrize("ending", PICTURES)
+def test_pictures_that_are_not_read_are_told_and_no_others(tmp_path, ending):
+    hidden = [f"._0{ending}", f"d/.1{ending}"]  # as macOS leaves them beside every file
+    path = write_tar(tmp_path / "x.tar", [(x, b"x") for x in ["0.jpg", "0.cls", *hidden, "0.txt"]])
+    assert reasons(scan_shard(path)) == ["label of 0.cls is b'x', not a class number"]
+    more = [f"0.depth{ending}", f"0.SEG{ending.upper()}", f"1.x{ending}.json", "2.mp4"]
+    path = write_tar(tmp_path / "y.tar", [(x, b"x") for x in ["0.jpg", *more]])
+    entries = scan_shard(path)
+    assert reasons(entries) == [NOT_READ.format(more[0], ", and 1 like it")]
+    assert [x.offset for x in entries.defects] == [path.read_bytes().index(more[0].encode()) + 512]
+    assert len(entries.keys) == 1
 
 
 STEM = st.text(st.sampled_from("abZ09_- é漢"), min_size=1, max_size=6)
@@ -175,8 +215,14 @@ def test_what_lies_together_is_read_as_webdataset_reads_it(tmp_path, format, sam
     ]
     path = write_tar(tmp_path / "x.tar", files, format)
     assert seen_by_us(path) == (seen_by_webdataset(path) if files else [])
-    with_image = any(x.lower() in IMAGE_EXTENSIONS for extensions in samples.values() for x in extensions)
-    assert reasons(scan_shard(path)) == ([NO_IMAGE] if files and not with_image else [])
+    pictures = {k: [x for x in names if x.lower().endswith(IMAGE_EXTENSIONS)] for k, names in samples.items()}
+    spare = sum(max(0, len(names) - 1) for names in pictures.values())
+    found = reasons(scan_shard(path))
+    if not any(pictures.values()):
+        assert found == ([NO_IMAGE] if files else [])
+    else:
+        more = f", and {spare - 1} like it: one" if spare > 1 else "read: one"
+        assert len(found) == (spare > 0) and all(" is not read" in x and more in x for x in found)
 
 
 # What webdataset does not read as it is meant.
@@ -373,7 +419,7 @@ def test_a_large_file_of_zeros_is_refused(tmp_path):
         scan_shard(path)
 
 
-@pytest.mark.parametrize("files", [[], [("a.txt", b"1"), ("a.cls", b"1")], [("a.seg.png", b"1")], [("README", b"1")]])
+@pytest.mark.parametrize("files", [[], [("a.txt", b"1"), ("a.cls", b"1")], [("a.png.gz", b"1")], [("README", b"1")]])
 def test_a_tar_without_images_has_no_samples(tmp_path, files):
     entries = scan_shard(write_tar(tmp_path / "x.tar", files))
     assert entries.keys == []

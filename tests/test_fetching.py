@@ -24,15 +24,20 @@ from quarterlight.finetune.classify import finetune
 from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.finetune.linear_probe import linear_probe
 from quarterlight.ssl import remote
+from quarterlight.ssl.augment import CenterCrop
+from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import PretrainConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.fetcher import Fetcher
-from quarterlight.ssl.fetching import Fetching, places_of_node, remote_shards
+from quarterlight.ssl.fetching import Fetching, ranks_of_machine, remote_shards
 from quarterlight.ssl.index import ShardIndex, open_index
+from quarterlight.ssl.loader import build_loader
+from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.patience import Patience
 from quarterlight.ssl.pretrain import pretrain
 from quarterlight.ssl.shard_cache import is_held
+from quarterlight.ssl.spans import EvalSpans
 
 QUICK = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.02, stall_s=20.0)
 SHARDS, IN_SHARD, VAL_SHARDS = 12, 8, 3
@@ -109,8 +114,12 @@ def start(
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr("quarterlight.ssl.stage.Fetching", fetching)
         patch.setattr("quarterlight.ssl.fetching.Fetcher", partial(Fetcher, patience=patience))
-        patch.setattr("quarterlight.ssl.index.fetch", partial(remote.fetch, patience=patience))
-        for module, name in (("index", "read_remote"), ("shard_names", "read_remote"), ("shard_names", "glob_remote")):
+        patch.setattr("quarterlight.ssl.index_files.fetch", partial(remote.fetch, patience=patience))
+        for module, name in (
+            ("index_files", "read_remote"),
+            ("shard_names", "read_remote"),
+            ("shard_names", "glob_remote"),
+        ):
             patch.setattr(f"quarterlight.ssl.{module}.{name}", partial(getattr(remote, name), patience=patience))
         try:
             stage(parse_config(kind, "", arguments(given)))
@@ -227,7 +236,7 @@ def test_a_probe_of_remote_shards_finds_the_figures_of_local_ones(web, data, tmp
         given = TINY | {
             "data.train": train, "data.val": val, "run_dir": str(tmp_path / name), "epochs": "3", "batch_size": "16",
             "neighbors": "[5]", "extract_batch_size": "16", "data.cache_dir": str(tmp_path / "cache"),
-            "data.cache_gb": f"{3.2 * data.largest / 1e9:.9f}",
+            "data.cache_gb": f"{5.2 * data.largest / 1e9:.9f}",  # a batch reads two shards, and val has half
         }  # fmt: skip
         return json.loads((start(given, linear_probe, LinearProbeConfig) / "result.json").read_text())
 
@@ -434,7 +443,7 @@ def test_a_shard_that_changed_since_its_index_ends_the_run_with_what_to_do(web, 
     web.files[path] += bytes(512)
     said = refusal(capsys, remote_options(web, data, tmp_path))
     assert said.startswith(f"error: {web.url}{path} cannot be fetched") and "since its index was made" in said
-    assert f"python launch/shards.py index {web.url}{path}" in said
+    assert "launch/shards.py index makes a new one" in said
 
 
 def test_a_shard_that_is_never_read_may_be_missing(web, data, tmp_path, last_shard):
@@ -450,7 +459,7 @@ def test_a_shard_that_is_never_read_may_be_missing(web, data, tmp_path, last_sha
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data.cache_gb": "0.0000001"}, "data.cache_gb is 1e-07, but http"),
+        ({"data.cache_gb": "0.0000001"}, "data.cache_gb is too little: 1e-07 GB of it are for these shards, and http"),
         ({"data.cache_gb": "0"}, "data.cache_gb is 0.0: it must be above 0"),
         ({"data.train": "WEB/train/train-0*.pkl"}, "matches nothing; most web servers list no files: use braces"),
         ({"data.train": "WEB/nowhere/train-*.tar"}, "matches nothing; most web servers list no files: use braces"),
@@ -460,7 +469,7 @@ def test_a_shard_that_is_never_read_may_be_missing(web, data, tmp_path, last_sha
         ({"data.train": "s3://quarterlight-test/train-0.tar"}, "for a public bucket set FSSPEC_S3_ANON=true"),
         ({"data.val": "WEB/val/val-0099.tar"}, "/val/val-0099.tar cannot be fetched: there is no such file"),
         ({"data.train_weights": "[1,2]"}, "data.train_weights has 2 numbers for 1 sources"),
-        ({"data.lanes": "3"}, "data.lanes 3 does not divide batch_size 8: use 1"),
+        ({"data.lanes": "3"}, "data.lanes 3 does not divide batch_size 8: use 1, 2, 4"),
     ],
     ids=lambda x: next(iter(x.items()))[1] if isinstance(x, dict) else "",
 )
@@ -489,7 +498,11 @@ def test_a_server_that_lists_its_files_is_asked_for_those_that_match(web, data, 
 
 def test_a_cache_too_small_for_one_step_is_refused_with_the_size_it_takes(web, data, tmp_path, capsys):
     said = refusal(capsys, remote_options(web, data, tmp_path, room=1.5))
-    assert "is too little: one step reads" in said and "lower data.lanes or data.block_samples" in said
+    assert (
+        "data.cache_gb is too little: " in said
+        and "one batch reads" in said
+        and "lower data.lanes or data.block_samples" in said
+    )
     assert not fetches(web)
 
 
@@ -533,13 +546,68 @@ def is_held_soon(index: ShardIndex) -> bool:
     return True
 
 
-def test_without_a_plan_shard_after_shard_is_fetched(web, index):
+def test_without_a_plan_only_what_is_asked_for_is_fetched(web, index):
     fetching = Fetching(10**9, enabled=True)
     try:
         fetching.follow(index)
-        until(lambda: len(fetches(web)) == SHARDS)
+        for sample in (5 * IN_SHARD, 2 * IN_SHARD, 5 * IN_SHARD + 1):
+            index.read(sample)
+        assert fetches(web) == Counter(["/train/train-0005.tar", "/train/train-0002.tar"])
     finally:
         fetching.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_an_evaluation_over_more_than_the_cache_holds_fetches_every_shard_once(web, data, index, workers, persistent):
+    room = 4 * data.largest
+    fetching = Fetching(room, enabled=True)
+    sizes = []
+    web.before = lambda path: sizes.append(cached_bytes(index.cache.folder))
+    samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((16, 16), 1.0), 0)
+    spans = EvalSpans(len(index), batch_size=5, rank=0, world_size=1)
+    try:
+        loader = build_loader(samples, spans, num_workers=workers, persistent=persistent, fetching=fetching)
+        for turn in range(2):
+            web.requests.clear()
+            keys = [key for batch in loader for key in batch.keys]
+            assert keys == [index.key(i) for i in range(SHARDS * IN_SHARD)]
+            counts = fetches(web)
+            assert set(counts.values()) == {1}
+            if not turn:  # a second pass finds the last ones there
+                assert len(counts) == SHARDS
+        assert max([*sizes, cached_bytes(index.cache.folder)]) <= room
+    finally:
+        fetching.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pass_fetches_what_all_processes_of_its_machine_read(web, data, index, monkeypatch, rank):
+    plans = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    fetching = Fetching(10**9, enabled=True)
+    monkeypatch.setattr(fetching, "follow", lambda index, plan=(): plans.append(list(plan)))
+    samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((16, 16), 1.0), 0)
+    spans = EvalSpans(len(index), batch_size=IN_SHARD, rank=rank, world_size=4)  # three shards a process
+    iter(build_loader(samples, spans, num_workers=0, fetching=fetching))
+    assert plans == [[(0, 0), (0, 3), (1, 1), (1, 4), (2, 2), (2, 5)]]
+
+
+def test_sets_share_the_room_and_later_ones_get_no_more_than_their_size(web, data, index, tmp_path):
+    val = open_index(addresses(web, "val"), cache_dir=tmp_path / "cache")
+    size = sum(val.cache.sizes)
+    for limit, its in ((10 * size, size), (2 * size, size), (size, size // 2)):
+        fetching = Fetching(limit, enabled=True)
+        fetching.share([index, val])
+        assert fetching.limits == {id(index): limit - its, id(val): its}
+    fetching.share([index])
+    assert fetching.limits[id(index)] == size
+    here = open_index(data.val, cache_dir=tmp_path / "cache")
+    fetching.share([index, here])  # local shards need none
+    assert fetching.limits[id(index)] == size and id(here) not in fetching.limits
+    fetching.share([here, val])
+    assert fetching.limits[id(val)] == size, "nor do they when they come first"
 
 
 def test_no_fetcher_for_local_shards_nor_in_other_processes(data, index, tmp_path):
@@ -556,9 +624,12 @@ def test_the_room_that_is_asked_for_is_that_of_the_first_step(index):
     largest = max(index.cache.sizes)
     fetching = Fetching(int(2.5 * largest), enabled=True)
     try:
-        with pytest.raises(InputError, match=r"one step reads 3 shards of .* GB; give several times that"):
-            fetching.follow(index, [(0, 1), (0, 2), (0, 3), (8, 4)])
-        fetching.follow(index, [(0, 1), (0, 2), (8, 3)])
+        with pytest.raises(
+            InputError, match=r"data.cache_gb is too little: .* GB .*one batch reads 3 of them, .* GB; give several"
+        ):
+            fetching.follow(index, [(0, 1), (0, 2), (0, 3), (1, 4)])
+        assert not fetching.fetchers
+        fetching.follow(index, [(0, 1), (0, 2), (1, 3)])
     finally:
         fetching.close()
 
@@ -570,11 +641,18 @@ def test_which_shards_have_to_be_fetched(web, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "on_node", "places"),
-    [(0, 0, None, (0, 4)), (1, 1, "2", (0, 8)), (5, 1, "4", (16, 32)), (7, 3, "4", (16, 32)), (3, 0, "1", (12, 16))],
+    ("rank", "local_rank", "on_node", "ranks"),
+    [
+        (0, None, None, [0]),
+        (1, "1", "2", [0, 1]),
+        (5, "1", "4", [4, 5, 6, 7]),
+        (7, "3", "4", [4, 5, 6, 7]),
+        (3, "0", "1", [3]),
+    ],
 )
-def test_a_node_reads_the_places_of_all_its_processes(monkeypatch, rank, local_rank, on_node, places):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if on_node is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", on_node)
-    assert places_of_node(4, rank, local_rank) == places
+def test_the_processes_of_a_machine_are_next_to_each_other(monkeypatch, rank, local_rank, on_node, ranks):
+    for name, value in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", on_node)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert list(ranks_of_machine(rank)) == ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import KILLED_BEFORE
 
-from quarterlight.ssl.files import replace_file, replace_folder, write_json, write_text
+from quarterlight.ssl.files import remove_leftovers, replace_file, replace_folder, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -64,6 +64,18 @@ def test_what_is_left_of_a_killed_process_does_not_match_the_pattern_of_the_file
     assert seen[0].name.startswith(".")
 
 
+@pytest.mark.parametrize(("name", "gone"), [("", "abc"), ("a", "a"), ("b.tar", "b"), ("c", "")])
+def test_left_overs_of_one_file_or_of_all_are_deleted(tmp_path, name, gone):
+    left = {"a": ".a.1f.partial", "b": ".b.tar.2e.partial", "c": ".ca.3d.partial"}
+    others = ["a", "a.partial", ".a.txt", "b.tar"]
+    for file in [*left.values(), *others]:
+        (tmp_path / file).touch()
+    (tmp_path / ".a.folder.partial").mkdir()
+    remove_leftovers(tmp_path, name)
+    stay = [file for key, file in left.items() if key not in gone]
+    assert names(tmp_path) == sorted([*stay, *others, ".a.folder.partial"])
+
+
 def fill_with(text: str):
     def fill(partial: Path) -> None:
         for name in "abc":
@@ -112,7 +124,7 @@ def test_what_a_killed_process_left_is_not_mixed_into_the_new_folder(tmp_path):
 KILLED_EVERYWHERE = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from quarterlight.ssl.files import replace_file, replace_folder
+from quarterlight.ssl.files import remove_leftovers, replace_file, replace_folder
 
 kind, root = sys.argv[1], Path(sys.argv[2])
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}

@@ -9,15 +9,19 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import TINY, TINY_PRETRAIN, arguments, command, write_tars
 from safetensors.torch import load_file
 
-from quarterlight.finetune.classify import finetune
+from quarterlight.finetune.classify import classes_of, finetune
 from quarterlight.finetune.config import FinetuneConfig
 from quarterlight.ssl.command import parse_config, run_command
+from quarterlight.ssl.entries import ShardEntries
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.index import ShardIndex
 from quarterlight.ssl.released import load_encoder, read_weights
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -167,3 +171,28 @@ def test_a_fine_tuning_run_serves_as_init(finetuned):
     assert "encoder tensors loaded" in report and encoder.timm.num_classes == 0
     wanted = load_file(finetuned / "classifier.safetensors")
     assert torch.equal(encoder.timm.blocks[1].mlp.fc1.weight, wanted["blocks.1.mlp.fc1.weight"])
+
+
+def labelled(*labels: int, folder: str = "/nowhere") -> ShardIndex:
+    zeros = np.zeros(len(labels), np.int64)
+    keys = [str(i) for i in range(len(labels))]
+    return ShardIndex([f"{folder}/x.tar"], [ShardEntries(zeros, zeros, np.array(labels), keys, [])])
+
+
+def test_labels_with_huge_gaps_are_refused_where_nothing_says_how_many_there_are(tmp_path):
+    for largest in (99, 3):
+        assert classes_of(labelled(0, 1, largest), labelled(0), None) == largest + 1
+    for train, val in (((0, 1, 100), (0,)), ((0, 1), (100,)), ((1_000_000,), (1_000_000,))):
+        largest = max(train + val)
+        with pytest.raises(
+            InputError, match=f"labels up to {largest}, but only .*give num_classes {largest + 1} if"
+        ) as caught:
+            classes_of(labelled(*train), labelled(*val), None)
+        assert f"only {len({*train, *val})} different ones" in str(caught.value)
+        assert classes_of(labelled(*train), labelled(*val), largest + 1) == largest + 1
+    many = range(0, 200, 10)  # 20 of them
+    assert classes_of(labelled(*many, 199), labelled(0), None) == 200
+    with pytest.raises(InputError, match="only 21 different ones"):
+        classes_of(labelled(*many, 210), labelled(0), None)
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": [str(i) for i in range(101)]}))
+    assert classes_of(labelled(0, 1, 100, folder=str(tmp_path)), labelled(0), None) == 101

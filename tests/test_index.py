@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import tarfile
@@ -17,9 +18,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from quarterlight.ssl.entries import UNLABELLED
+from quarterlight.ssl.entries import UNLABELLED, ShardEntries, scan_shard
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.index import ShardIndex, class_names, open_index, refuse_damage
+from quarterlight.ssl.index import OPEN_FILES, ShardIndex, class_names, open_index, refuse_damage
 from quarterlight.ssl.sidecar import INDEX_NAME, VERSION
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
@@ -111,14 +112,35 @@ def test_a_shard_without_samples_among_others_is_no_harm(tmp_path):
         assert [x[0] for x in seen_by_us(*sorted(tmp_path.glob("*.tar")))] == ["0", "1"]
 
 
-def test_more_shards_than_may_be_open_are_read(tmp_path):
-    for i in range(70):
+@pytest.fixture
+def shards_of_one(tmp_path) -> ShardIndex:
+    for i in range(30):
         write_tar(tmp_path / f"{i:02d}.tar", [("0.jpg", b"%d" % i)])
-    index = open_index(str(tmp_path / "*.tar"))
+    return open_index(str(tmp_path / "*.tar"))
+
+
+def test_more_shards_than_may_be_open_are_read(shards_of_one, monkeypatch):
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > OPEN_FILES + 64
+    monkeypatch.setattr("quarterlight.ssl.index.OPEN_FILES", 8)
     open_before = len(os.listdir("/proc/self/fd"))
-    for i in [*range(70), *reversed(range(70)), 5, 69]:
-        assert index.read(i) == b"%d" % i
-    assert len(os.listdir("/proc/self/fd")) - open_before <= 64
+    for i in [*range(30), *reversed(range(30)), 5, 29]:
+        assert shards_of_one.read(i) == b"%d" % i
+        assert len(os.listdir("/proc/self/fd")) - open_before <= 8
+    assert len(os.listdir("/proc/self/fd")) - open_before == 8
+
+
+def test_the_shard_that_was_read_longest_ago_is_closed(shards_of_one, monkeypatch):
+    monkeypatch.setattr("quarterlight.ssl.index.OPEN_FILES", 3)
+    opened, really = [], os.open
+
+    def counted(path, *args, **kwargs) -> int:
+        opened.append(Path(path).name)
+        return really(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", counted)
+    for i in (0, 1, 2, 0, 3, 0, 1):  # 3 takes the place of 1, and 1 that of 2
+        assert shards_of_one.read(i) == b"%d" % i
+    assert opened == ["00.tar", "01.tar", "02.tar", "03.tar", "01.tar"]
 
 
 def test_an_index_travels_to_another_process_without_its_open_files(tmp_path):
@@ -466,33 +488,85 @@ def test_shards_in_several_folders_have_an_index_each(tmp_path):
 READ_AS_NOBODY = """
 import os, sys
 from quarterlight.ssl.index import open_index
-writable, read_only = sys.argv[1:]
+writable, *read_only = sys.argv[1:]
 for _ in range(2):  # loads what is loaded on first use, while this user may still read Python's own files
     open_index(writable)
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
-print(len(open_index(read_only)), os.access(os.path.dirname(read_only), os.W_OK))
+for folder in read_only:
+    print(len(open_index(folder)), os.access(os.path.dirname(folder), os.W_OK))
 """
 
 
-@pytest.mark.parametrize("sidecar", ["present", "absent", "stale"])
-def test_a_read_only_folder_works_with_and_without_a_sidecar(tmp_path, sidecar):
+def test_a_read_only_folder_works_with_and_without_a_sidecar(tmp_path):
     write_shards(tmp_path, 1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = write_shards(folder, 8)
-        if sidecar != "absent":
-            open_index(str(folder / "*.tar"))
-        if sidecar == "stale":
-            os.utime(paths[0], ns=(1, 10**18))
-        before = sorted(path.name for path in folder.iterdir())
-        folder.chmod(0o555)
-        command = [sys.executable, "-c", READ_AS_NOBODY, str(tmp_path / "*.tar"), str(folder / "*.tar")]
-        done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-        folder.chmod(0o755)
-        assert done.stdout.split() == ["8", "False"], done.stderr
-        assert sorted(path.name for path in folder.iterdir()) == before
+    with tempfile.TemporaryDirectory() as name:  # below tmp_path nobody else may look
+        Path(name).chmod(0o755)
+        folders = [Path(name, sidecar) for sidecar in ("present", "absent", "stale")]
+        for folder in folders:
+            paths = write_shards(folder, 8)
+            if folder.name != "absent":
+                open_index(str(folder / "*.tar"))
+            if folder.name == "stale":
+                os.utime(paths[0], ns=(1, 10**18))
+        before = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+        for folder in folders:
+            folder.chmod(0o555)
+        patterns = [str(folder / "*.tar") for folder in (tmp_path, *folders)]
+        done = subprocess.run(
+            [sys.executable, "-c", READ_AS_NOBODY, *patterns], capture_output=True, text=True, cwd="/"
+        )
+        for folder in folders:
+            folder.chmod(0o755)
+        assert done.stdout.split() == ["8", "False"] * 3, done.stderr
+        assert [sorted(path.name for path in folder.iterdir()) for folder in folders] == before
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
+def test_shards_in_a_read_only_folder_keep_their_index_in_the_cache(tmp_path, monkeypatch, changed):
+    paths = write_shards(tmp_path / "shards", 8)
+    access, scanned = os.access, []
+
+    def counted(path: Path) -> ShardEntries:
+        scanned.append(path.name)
+        return scan_shard(path)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK) and access(path, mode))  # root may always
+    monkeypatch.setattr("quarterlight.ssl.index_files.scan_shard", counted)
+    first = open_index(str(tmp_path / "shards" / "*.tar"), cache_dir=tmp_path / "cache")
+    assert scanned == [path.name for path in paths]
+    assert not (tmp_path / "shards" / INDEX_NAME).exists()
+    assert len(list((tmp_path / "cache" / "indexes").glob(f"*/{INDEX_NAME}"))) == 1
+    scanned.clear()
+    if changed:
+        os.utime(paths[1], ns=(1, 10**18))
+    for _ in range(2):
+        again = open_index(str(tmp_path / "shards" / "*.tar"), cache_dir=tmp_path / "cache")
+        assert again.fingerprint() == first.fingerprint()
+    assert scanned == ([paths[1].name] if changed else [])
+    monkeypatch.undo()
+    open_index(str(tmp_path / "shards" / "*.tar"), cache_dir=tmp_path / "cache")
+    assert (tmp_path / "shards" / INDEX_NAME).exists(), "where it may be written it stands beside the shards"
+
+
+def test_an_index_that_cannot_be_written_is_told_and_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    write_shards(tmp_path, 5)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quarterlight.ssl.index_files.replace_file", full)
+        assert len(open_index(str(tmp_path / "*.tar"))) == 5
+    file = tmp_path / INDEX_NAME
+    assert capsys.readouterr().err == f"{file} cannot be written (No space left on device)\n"
+    file.mkdir()
+    assert len(open_index(str(tmp_path / "*.tar"))) == 5
+    said = capsys.readouterr().err
+    assert said.startswith(f"{file} cannot be written (") and len(said.splitlines()) == 1
+    file.rmdir()
+    assert len(open_index(str(tmp_path / "*.tar"))) == 5 and not capsys.readouterr().err
 
 
 def test_the_fingerprint_is_the_same_wherever_the_shards_lie(tmp_path):

@@ -9,7 +9,7 @@ import webdataset
 from PIL import Image
 
 from quarterlight.ssl.augment import CenterCrop, RandomCrop
-from quarterlight.ssl.batches import Batch, Samples, refuse_bad, refuse_unlabelled
+from quarterlight.ssl.batches import BadSample, Batch, Samples, refuse_bad, refuse_unlabelled
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex, open_index
 from quarterlight.ssl.loader import build_loader
@@ -305,11 +305,27 @@ def test_a_shard_that_shrinks_after_it_was_indexed_counts_as_damage(tmp_path, op
     assert len(batch.keys) == 24 and not set(batch.keys) & lost
 
 
+def test_an_evaluation_says_how_to_leave_out_what_is_damaged():
+    with pytest.raises(
+        InputError, match=r"^a.tar: sample k cannot be read \(why\).*launch/shards.py repair leaves it out$"
+    ):
+        refuse_bad([BadSample("a.tar", "k", "why")])
+    refuse_bad([])
+
+
 def test_an_evaluation_refuses_damage_by_name(damaged_index):
     batch = samples_of(damaged_index).batch(0, COUNT)
     with pytest.raises(InputError, match=r"train-00000[01].tar: sample (03|13)"):
         refuse_bad(batch.bad)
     refuse_bad([])
+
+
+def test_missing_labels_are_refused_with_what_is_known_of_them():
+    labels = np.array([-1, 3])
+    with pytest.raises(InputError, match=r"1 of 2 samples have no label \(no .cls or .json with a class number in the"):
+        refuse_unlabelled(labels, "data.val")
+    with pytest.raises(InputError, match=r"no label \(first; second\); write the shards from class folders, or with"):
+        refuse_unlabelled(labels, "data.val", ["first", "second"])
 
 
 def test_missing_labels_are_refused_with_their_number():

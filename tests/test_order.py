@@ -14,8 +14,10 @@ from quarterlight.ssl.order import (
     ShuffledOrder,
     build_order,
     labelled_subset,
+    settings_of,
 )
 from quarterlight.ssl.randoms import hashes
+from quarterlight.ssl.spans import EvalSpans, Spans
 
 SAMPLES = np.arange(100, 137)
 
@@ -360,17 +362,36 @@ def test_a_plan_names_the_remote_shards_of_the_nodes_positions_in_their_order(no
     order, batch, shard_of = LaneOrder(blocks(), 32, 4), 32, np.arange(400) // 10
     steps, share = range(5, 21), 32 // nodes
     for node in range(nodes):
-        plan = list(ShardPlan(order, shard_of, steps, batch, node * share, (node + 1) * share, remote))
-        expected = []
+        ranks = range(2 * node, 2 * node + 2)  # two processes a machine, each with micro-batches of 4
+        sizes = {"batch_size": batch, "micro_batch_size": 4, "world_size": 2 * nodes}
+        plan = list(ShardPlan(order, shard_of, [Spans(steps, **sizes, rank=rank) for rank in ranks], remote))
+        expected, number = [], 0
         for step in steps:
-            needed = [int(order.ids(np.array([p]))[0]) // 10 for p in step * batch + node * share + np.arange(share)]
-            expected += [(step * batch, shard) for shard in dict.fromkeys(needed) if shard in remote]
+            for first in range(0, share // 2, 4):
+                positions = [step * batch + rank * share // 2 + first + i for rank in ranks for i in range(4)]
+                needed = [int(order.ids(np.array([p]))[0]) // 10 for p in positions]
+                expected += [(number, shard) for shard in dict.fromkeys(needed) if shard in remote]
+                number += 1
         assert plan == expected
-        assert [position for position, _ in plan] == sorted(position for position, _ in plan)
+        assert [batch for batch, _ in plan] == sorted(batch for batch, _ in plan)
+        assert number == len(Spans(steps, **sizes, rank=0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 50, 400])
+def test_the_plan_of_an_evaluation_names_all_shards_although_one_process_has_a_batch_more(count):
+    order, shard_of = FileOrder(np.arange(count)), np.arange(400) // 10
+    parts = [EvalSpans(count, batch_size=7, rank=rank, world_size=3) for rank in range(3)]
+    plan = list(ShardPlan(order, shard_of, parts, frozenset(range(40))))
+    expected = {
+        (number, int(shard)) for part in parts for number, span in enumerate(part) for shard in shard_of[slice(*span)]
+    }
+    assert set(plan) == expected and len(plan) == len(expected)
+    assert {shard for _, shard in plan} == set(range(-(-count // 10)))
 
 
 def test_a_plan_can_be_gone_through_again_and_needs_no_end():
-    plan = ShardPlan(blocks(), np.arange(400) // 10, range(10**9), 32, 0, 32, frozenset(range(40)))
+    spans = Spans(range(10**9), batch_size=32, micro_batch_size=32, rank=0, world_size=1)
+    plan = ShardPlan(blocks(), np.arange(400) // 10, [spans], frozenset(range(40)))
     first = [entry for entry, _ in zip(plan, range(50), strict=False)]
     assert [entry for entry, _ in zip(plan, range(50), strict=False)] == first
 
@@ -403,10 +424,45 @@ def test_remote_shards_are_read_in_lanes_that_divide_the_batch():
     assert not isinstance(built(batch_size=16, remote=True, lanes=1), LaneOrder)
 
 
-@pytest.mark.parametrize(("lanes", "batch", "use"), [(3, 16, 1), (6, 16, 2), (32, 16, 16)])
-def test_lanes_that_do_not_divide_the_batch_are_refused_with_a_number_that_does(lanes, batch, use):
+@pytest.mark.parametrize(
+    ("lanes", "batch", "use"), [(3, 16, "1, 2, 4"), (6, 16, "1, 2, 4, 8"), (32, 16, "2, 4, 8, 16"), (5, 7, "1, 7")]
+)
+def test_lanes_that_do_not_divide_the_batch_are_refused_with_numbers_that_do(lanes, batch, use):
     with pytest.raises(InputError, match=f"data.lanes {lanes} does not divide batch_size {batch}: use {use}$"):
         built(lanes=lanes, batch_size=batch)
+    for number in use.split(", "):
+        built(lanes=int(number), batch_size=batch)
+
+
+@pytest.mark.parametrize(("repeats", "lanes", "left"), [(3, 1, 16), (32, 1, 16), (4, 8, 2), (2, 16, 1)])
+def test_repeats_that_do_not_divide_a_lane_of_the_batch_are_refused(repeats, lanes, left):
+    with pytest.raises(InputError, match=f"data.repeats {repeats} does not divide {left}, the images of a lane"):
+        built(repeats=repeats, lanes=lanes)
+    built(repeats=left, lanes=lanes)
+
+
+def test_the_settings_of_an_order_are_its_own_numbers_whatever_null_stands_for():
+    plain = {"lanes": 1, "block_samples": 400, "repeats": 1, "samples_of_sources": [400]}
+    assert (
+        settings_of(built()) == settings_of(built(block_samples=400)) == settings_of(built(block_samples=9999)) == plain
+    )
+    assert settings_of(built(remote=True)) == plain | {"lanes": 8}  # one block is one block, however large
+    assert settings_of(built(remote=True, lanes=1)) == plain
+    assert settings_of(built(lanes=2, repeats=4, block_samples=60)) == plain | {
+        "lanes": 2, "repeats": 4, "block_samples": 60,
+    }  # fmt: skip
+    assert settings_of(built(repeats=2)) == plain | {"repeats": 2}
+    weighted = settings_of(built(lanes=2, repeats=2, block_samples=50, train_weights=[1.0, 1.0]))
+    assert weighted == {
+        "lanes": 2,
+        "block_samples": 50,
+        "repeats": 2,
+        "samples_of_sources": weighted["samples_of_sources"],
+    }
+    assert len(weighted["samples_of_sources"]) == 2
+    other = settings_of(built(train_weights=[2.0, 1.0]))["samples_of_sources"]
+    assert other != weighted["samples_of_sources"], "other weights are another order"
+    assert settings_of(FileOrder(np.arange(5)))["repeats"] == 1
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0]])

@@ -224,6 +224,19 @@ def test_what_cannot_be_repaired_is_refused_in_one_sentence(tmp_path, monkeypatc
     assert not content(tmp_path)
 
 
+def test_left_overs_go_only_of_the_files_at_hand(tmp_path):
+    folder = dataset(tmp_path)
+    first, second = folder / "train-000000.tar", folder / "train-000001.tar"
+    break_image(first, "00005.jpg")
+    own = [folder / f".{name}.0f.partial" for name in (first.name, "dataset.json", "left_out.jsonl")]
+    others = [folder / f".{name}.0f.partial" for name in (second.name, "pixels-12-3.npy", "other.tar", "index.npz")]
+    for file in [*own, *others]:
+        file.write_bytes(b"half")
+    repair(first)
+    assert [file for file in own if file.exists()] == []
+    assert [file for file in others if not file.exists()] == []
+
+
 def test_a_read_only_folder_is_refused_and_left_alone(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", [sample(0), sample(1)])
     monkeypatch.setattr(os, "access", lambda *args: False)

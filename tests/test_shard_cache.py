@@ -364,7 +364,7 @@ def test_a_folder_that_cannot_be_written(web, tmp_path):
 
 
 def test_a_cache_smaller_than_a_shard(cache):
-    with pytest.raises(InputError, match=r"data\.cache_gb is 0\.00015, but http.*tar alone has 0\.0003 GB"):
+    with pytest.raises(InputError, match=r"data\.cache_gb is too little: 0\.00015 GB .*http.*tar alone has 0\.0003 GB"):
         fetcher(cache, [], shards=0.5)
 
 

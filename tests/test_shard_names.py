@@ -192,6 +192,15 @@ def test_braces_in_an_address_are_expanded_without_asking_the_server(start, monk
     assert shard_paths(expected[5]) == expected[5:6]
 
 
+@pytest.mark.parametrize("address", ["http://host", "http://host/", "https://h/?a=b", "s3://bucket", "s3://bucket/a/"])
+def test_an_address_without_a_tars_name_is_refused_at_once(address, monkeypatch):
+    monkeypatch.setattr(shard_names, "glob_remote", None)
+    monkeypatch.setattr(shard_names, "read_remote", None)
+    with pytest.raises(InputError, match=r"names no tar; write .*/train-\{000\.\.146\}\.tar") as caught:
+        shard_paths(address)
+    assert address in str(caught.value) and "\n" not in str(caught.value) and "//train" not in str(caught.value)
+
+
 def test_a_query_in_an_address_is_no_glob(monkeypatch):
     monkeypatch.setattr(shard_names, "glob_remote", None)
     address = "https://example.org/0.tar?signature=a*b[c]"

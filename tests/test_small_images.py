@@ -25,7 +25,7 @@ from quarterlight.ssl.index import ShardIndex, open_index
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.masking import MaskSampler
 from quarterlight.ssl.order import FileOrder, Order, RepeatedOrder, ShuffledOrder
-from quarterlight.ssl.small_images import LARGEST_SIDE, LEFTOVER_S, find_small_images
+from quarterlight.ssl.small_images import LARGEST_SIDE, LEFTOVER_S, SIZE_SAMPLES, find_small_images
 from quarterlight.ssl.spans import Spans
 
 COUNT = 40
@@ -116,11 +116,27 @@ def test_a_set_of_larger_images_has_none_and_leaves_nothing(tmp_path, size):
     assert left(tmp_path / "shards") == [] and not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("other", [(0,), (38,), tuple(range(0, COUNT, 2))])
-def test_a_set_of_several_sizes_has_none_and_leaves_nothing(tmp_path, other):
+@pytest.mark.parametrize("other", [(0,), tuple(range(0, COUNT, 2))])
+def test_a_set_of_several_sizes_has_none_and_leaves_nothing(tmp_path, other, capsys):
     index = write(tmp_path / "shards", other_size=other)
     assert find_small_images(index, 3, tmp_path / "cache") is None
-    assert left(tmp_path / "shards") == [], "also where only the making finds it"
+    assert left(tmp_path / "shards") == [] and not capsys.readouterr().out
+
+
+def test_a_set_that_only_the_making_finds_to_have_several_sizes_is_not_tried_again(tmp_path, monkeypatch, capsys):
+    index = write(tmp_path, other_size=(38,))
+    assert find_small_images(index, 3, tmp_path) is None
+    assert capsys.readouterr().out.count("decoding 40 images") == 1
+    (name,) = left(tmp_path)
+    assert json.loads((tmp_path / name).read_text()) == {"one_size": False, "unreadable": {}}
+    calls = count_decodings(monkeypatch)
+    assert find_small_images(open_index(f"{tmp_path}/train-*.tar"), 3, tmp_path) is None
+    assert len(calls) <= SIZE_SAMPLES and left(tmp_path) == [name] and not capsys.readouterr().out
+    for path in index.paths:
+        os.utime(path, ns=(1, 1))
+    mended = write(tmp_path)
+    small = find_small_images(mended, 3, tmp_path)
+    assert np.array_equal(small.read(np.array([38]))[0].numpy(), decode_image(mended.read(38)))
 
 
 def test_images_as_large_as_it_goes_have_one(tmp_path):
@@ -148,14 +164,15 @@ def count_decodings(monkeypatch) -> list[int]:
     return calls
 
 
-def test_it_is_made_once(tmp_path, monkeypatch):
+def test_it_is_made_once(tmp_path, monkeypatch, capsys):
     index = write(tmp_path)
     first = find_small_images(index, 3, tmp_path)
+    assert capsys.readouterr().out == f"decoding 40 images of 16 x 16 px once, into {first.file}\n"
     written = first.file.stat().st_mtime_ns
     calls = count_decodings(monkeypatch)
     again = find_small_images(open_index(f"{tmp_path}/train-*.tar"), 3, tmp_path)
     assert len(calls) < COUNT and again.file == first.file
-    assert again.file.stat().st_mtime_ns == written
+    assert again.file.stat().st_mtime_ns == written and not capsys.readouterr().out
     assert torch.equal(again.read(np.arange(COUNT)), first.read(np.arange(COUNT)))
 
 
@@ -173,10 +190,12 @@ def test_a_mended_shard_is_decoded_anew(tmp_path):
     fingerprint, sizes = index.fingerprint(), [os.stat(path).st_size for path in index.paths]
     for path in index.paths:
         os.utime(path, ns=(1, 1))  # so that the mended ones are newer, whatever the clock's resolution
+    before, begun = stale.file.read_bytes(), stale.read(np.arange(COUNT)).clone()
     index = write(tmp_path)
     assert index.fingerprint() == fingerprint and [os.stat(path).st_size for path in index.paths] == sizes
     mended = find_small_images(index, 3, tmp_path)
-    assert mended.file == stale.file and mended.unreadable == {}
+    assert mended.file != stale.file and mended.unreadable == {}
+    assert stale.file.read_bytes() == before and torch.equal(stale.read(np.arange(COUNT)), begun), "a run may read it"
     for sample in (4, 30):
         assert np.array_equal(mended.read(np.array([sample]))[0].numpy(), decode_image(index.read(sample)))
 
@@ -401,7 +420,9 @@ ORDERS = {
 
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("broken", [(), (4, 5, 30)])
-def test_keys_labels_masks_and_bad_samples_are_those_of_the_ordinary_path(tmp_path, name, broken):
+def test_keys_labels_masks_and_bad_samples_are_those_of_the_ordinary_path(tmp_path, name, broken, monkeypatch):
+    if name == "nothing readable":  # 80 positions look for another image, this many times each
+        monkeypatch.setattr("quarterlight.ssl.batches.REPLACEMENT_TRIES", 10)
     index = write(tmp_path, broken=broken)
     small = find_small_images(index, 3, tmp_path)
     ordinary, quick = (samples_of(index, x, ORDERS[name]()) for x in (None, small))

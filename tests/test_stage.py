@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from conftest import TINY, TINY_PRETRAIN, arguments, write_tars
 from quarterlight.finetune.classify import finetune
 from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.finetune.linear_probe import linear_probe
+from quarterlight.ssl import stage as stage_module
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import DataConfig, PretrainConfig
+from quarterlight.ssl.index import ShardIndex
 from quarterlight.ssl.pretrain import pretrain
 from quarterlight.ssl.stage import cache_folder
 
@@ -100,7 +103,7 @@ def test_a_run_says_which_shard_is_damaged_and_trains_on_the_rest(damaged, tmp_p
     given = options(train, tmp_path / "run", steps="null", epochs="1")
     run_dir = start(given)
     said = capsys.readouterr().out
-    assert said.count("samples are lost in damaged shards:") == 1
+    assert said.count("lost in damaged shards, about 3 samples in all:") == 1
     assert said.count(f"{shard}: a damaged header (byte {offset}, {size} bytes lost)") == 1
     (listed,) = lines(run_dir / "bad_samples.jsonl")
     assert (listed["step"], listed["shard"], listed["offset"], listed["size"]) == (-1, str(shard), offset, size)
@@ -130,7 +133,8 @@ def test_more_damage_than_may_be_is_refused_with_the_shards(tmp_path, capsys):
     damage(shard, range(2, 15))
     said = refusal(capsys, options(train, tmp_path / "run"))
     assert re.match(r"error: about 1\d of 6\d samples are lost in damaged shards \(data.max_bad_share is 0.01\)", said)
-    assert f"{shard}: a damaged header" in said and "or raise it" in said
+    assert f"{shard}: a damaged header" in said
+    assert "raise data.max_bad_share, or leave out what is lost with launch/shards.py repair" in said
     assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
     run_dir = start(options(train, tmp_path / "run", **{"data.max_bad_share": "0.3"}))
     assert len(lines(run_dir / "bad_samples.jsonl")) == 1
@@ -146,7 +150,7 @@ def test_odd_labels_are_told_and_do_not_stop_a_run_without_labels(tmp_path, caps
         file.write(b"x")
     run_dir = start(options(train, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "odd about the shards:" in said and "lost" not in said
+    assert "noticed in the shards:" in said and "lost" not in said
     assert f"{shard}: label of train00004.cls is b'x', not a class number (byte {offset})" in said
     assert [line["size"] for line in lines(run_dir / "bad_samples.jsonl")] == [0]
 
@@ -154,7 +158,7 @@ def test_odd_labels_are_told_and_do_not_stop_a_run_without_labels(tmp_path, caps
 def test_nothing_is_said_of_whole_shards(shards, tmp_path, capsys):
     run_dir = start(options(shards[0], tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "damaged" not in said and "odd" not in said
+    assert "damaged" not in said and "noticed" not in said
     assert not (run_dir / "bad_samples.jsonl").exists()
 
 
@@ -222,18 +226,26 @@ def test_sources_are_mixed_by_their_weights(shards, tmp_path):
         ({"data.repeats": "1.5"}, "data.repeats is 1.5: it must be a whole number"),
         ({"data.block_samples": "0"}, "data.block_samples is 0: it must be at least 1"),
         ({"data.lanes": "0"}, "data.lanes is 0: it must be at least 1"),
-        ({"data.lanes": "6"}, "data.lanes 6 does not divide batch_size 8: use 2"),
+        ({"data.lanes": "6"}, "data.lanes 6 does not divide batch_size 8: use 1, 2, 4, 8"),
         ({"data.cache_gb": "-1"}, "data.cache_gb is -1.0: it must be above 0"),
         ({"data.max_bad_share": "2"}, "data.max_bad_share is 2.0: it must be at least 0 and at most 1"),
         ({"data.train_weights": "[]"}, "data.train_weights is empty: give at least one number"),
-        ({"data.train_weights": "[1,0]"}, "data.train_weights is 0.0: it must be above 0"),
+        ({"data.train_weights": "[1,0]"}, "data.train_weights is 0.0: it must be at least 0.001 and at most 1000"),
+        ({"data.train_weights": "[1,0.0009]"}, "data.train_weights is 0.0009: it must be at least 0.001"),
+        (
+            {"data.train_weights": "[1,1001]"},
+            "data.train_weights is 1001.0: it must be at least 0.001 and at most 1000",
+        ),
+        ({"data.repeats": "3"}, "data.repeats 3 does not divide 8, the images of a lane in a batch (batch_size 8"),
+        ({"data.repeats": "4", "data.lanes": "4"}, "data.repeats 4 does not divide 2, the images of a lane"),
+        ({"data.repeats": "4", "micro_batch_size": "2"}, "data.repeats 4 does not divide the 2 images that a process"),
         ({"data.train_weights": "[1,2,3]"}, "data.train_weights has 3 numbers for 2 sources in data.train"),
-        ({"data.train_weights": "[.nan,1]"}, "data.train_weights is nan: it must be above 0"),
+        ({"data.train_weights": "[.nan,1]"}, "data.train_weights is nan: it must be at least 0.001 and at most 1000"),
         ({"data.train_weights": "[.inf,1]"}, "data.train_weights"),
         ({"data.cache_gb": ".nan"}, "data.cache_gb is nan: it must be above 0"),
         ({"data.cache_gb": ".inf"}, "data.cache_gb"),
     ],
-    ids=lambda x: "=".join(*x.items()) if isinstance(x, dict) else "",
+    ids=lambda x: " ".join(f"{key}={value}" for key, value in x.items()) if isinstance(x, dict) else "",
 )
 def test_numbers_that_cannot_be_are_refused_in_one_sentence(shards, tmp_path, capsys, change, said):
     assert said in refusal(capsys, options("::".join(shards), tmp_path / "run", **change))
@@ -242,6 +254,76 @@ def test_numbers_that_cannot_be_are_refused_in_one_sentence(shards, tmp_path, ca
 def test_a_source_that_another_one_holds_already_cannot_be_weighed(shards, tmp_path, capsys):
     given = options(f"{shards[0]}::{shards[0]}", tmp_path / "run", **{"data.train_weights": "[1,1]"})
     assert "data.train: source 2 of 2 has no samples of its own" in refusal(capsys, given)
+
+
+@pytest.mark.parametrize("what", ["weights", "number of weights"])
+def test_what_costs_nothing_to_look_at_is_refused_before_the_shards_are_read(
+    shards, tmp_path, capsys, monkeypatch, what
+):
+    def too_early(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the shards were opened")
+
+    monkeypatch.setattr("quarterlight.ssl.stage.open_index", too_early)
+    if what == "weights":
+        tuning = TINY | {"data.train": shards[0], "data.val": shards[1], "run_dir": str(tmp_path / "run"), "steps": "1"}
+        more = {"init": str(tmp_path / "none.safetensors"), "batch_size": "8"}
+        assert "none.safetensors" in refusal(capsys, tuning | more, finetune, FinetuneConfig)
+        return
+    given = options(shards[0], tmp_path / "run", **{"data.train_weights": "[1,2]"})
+    assert "2 numbers for 1 sources" in refusal(capsys, given)
+
+
+def test_small_images_are_decoded_once_a_set(shards, tmp_path, capsys, monkeypatch):
+    looked, find = [], stage_module.find_small_images
+
+    def counted(index: ShardIndex, *args: Any) -> Any:
+        looked.append(index.paths[0])
+        return find(index, *args)
+
+    monkeypatch.setattr(stage_module, "find_small_images", counted)
+    start(options(shards[0], tmp_path / "run", **{"data.val": shards[1]}))
+    assert len(looked) == len(set(looked)) == 2
+
+
+# A run that goes on
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data.lanes": "2"}, "another order of samples (lanes 1, now 2;"),
+        ({"data.block_samples": "20"}, "; block_samples 81, now 20;"),
+        ({"data.repeats": "2"}, "(data.repeats was 1, is 2)"),
+        ({"data.train_weights": "[1,2]"}, "(data.train_weights was None, is [1.0, 2.0])"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_run_goes_on_only_in_the_order_in_which_it_began(shards, tmp_path, capsys, change, reason):
+    given = options("::".join(shards), tmp_path / "run", save_every_steps="1")
+    start(given)
+    _forget_the_end(tmp_path / "run")
+    assert reason in refusal(capsys, given | change)
+    start(given)
+
+
+def test_sources_that_are_parted_otherwise_are_another_order(tmp_path, capsys):
+    """`{a,b}::c` and `a::{b,c}` name the same shards, and weights mean other samples."""
+    write_tars(tmp_path / "shards", "train", 60)
+    folder = f"{tmp_path}/shards/train-"
+    given = options("", tmp_path / "run", save_every_steps="1", **{"data.train_weights": "[1,1]"})
+    first = given | {"data.train": f"{folder}{{0000,0001}}.tar::{folder}0002.tar"}
+    start(first)
+    _forget_the_end(tmp_path / "run")
+    said = refusal(capsys, first | {"data.train": f"{folder}0000.tar::{folder}{{0001,0002}}.tar"})
+    assert "the run began with another order of samples" in said
+    assert "samples_of_sources [40, 20], now [20, 40]" in said and "and the sources as they were" in said
+    start(first)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def _forget_the_end(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "state" / "step-00000003")
+    (run_dir / "result.json").unlink()
 
 
 # The cache

@@ -201,7 +201,7 @@ def test_every_way_to_end_too_early_is_found(tmp_path, verify):
         assert (found[0]["reason"] == NO_END_MARK) == (where in ("padding", "between two files"))
 
 
-def test_files_that_are_no_tar_are_listed_and_the_rest_is_read(tmp_path, verify):
+def test_files_that_are_no_tar_are_listed_and_the_rest_is_read(tmp_path, verify, capsys):
     (tmp_path / "a.tar").write_bytes(b"<html>not found</html>" * 100)
     (tmp_path / "b.tar").write_bytes(b"")
     write_tar(tmp_path / "c.tar", [sample(0)])
@@ -209,6 +209,9 @@ def test_files_that_are_no_tar_are_listed_and_the_rest_is_read(tmp_path, verify)
     assert not is_whole
     assert [(Path(line["shard"]).name, line["kind"]) for line in found] == [("a.tar", "damaged"), ("b.tar", "damaged")]
     assert all("not a tar" in line["reason"] for line in found)
+    rows = capsys.readouterr().out.splitlines()
+    marked = [row for row in rows if row.endswith("(cannot be read at all)")]
+    assert len(marked) == 2 and "a.tar" in marked[0] and "b.tar" in marked[1]
 
 
 def test_all_kinds_of_images_are_decoded(tmp_path, verify):
