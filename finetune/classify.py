@@ -14,17 +14,18 @@ from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
 from quarterlight.ssl.batches import Batch, refuse_unlabelled
 from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
-from quarterlight.ssl.engine import Figures, Hooks, Task, micro_batch_size, train
+from quarterlight.ssl.engine import Figures, Hooks, Task, train
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_hub, export_weights, run_facts
-from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import ShardIndex, class_names
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.patches import pair
-from quarterlight.ssl.runs import write_run_files
+from quarterlight.ssl.processes import micro_batch_size, until_stopped
+from quarterlight.ssl.runs import write_result, write_run_files
+from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
 
@@ -82,8 +83,7 @@ def finetune(config: FinetuneConfig) -> Figures:
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         best = _best_so_far(run_dir)
-        facts = {"command": "finetune", "finished": True, "steps": total_steps, "best_val_top1": best}
-        write_json(run_dir / "result.json", facts | figures)
+        write_result(run_dir, "finetune", finished=True, steps=total_steps, best_val_top1=best, **figures)
         print(
             f"done: val top-1 {figures['val_top1']:.2f} % (best {best:.2f} %), {run_dir / CLASSIFIER_FILE}", flush=True
         )
@@ -121,8 +121,9 @@ def _hooks(
     loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True, fetching=opened.fetching)
     labels = class_names(opened.train)
 
-    def measure(step: int, log: RunLog) -> Figures:
-        found = evaluate(nn.Sequential(task.normalize, classifier), loader, accelerator)
+    def measure(step: int, log: RunLog, signals: StopSignals) -> Figures:
+        batches = until_stopped(loader, signals, accelerator)
+        found = evaluate(nn.Sequential(task.normalize, classifier), batches, accelerator)
         figures = {f"val_{name}": value for name, value in found.items()}
         log.metrics(step, figures)
         if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
@@ -138,7 +139,7 @@ def _hooks(
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps
-    return Hooks(measure, every, export, opened.fetching)
+    return Hooks("finetune", measure, every, export, opened.fetching)
 
 
 def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> int:

@@ -58,6 +58,7 @@ class Samples:
     in_chans: Literal[1, 3] = 3
     masks: MaskSampler | None = None
     small: SmallImages | None = None  # None: images are decoded as they are read
+    place: Tensor | None = None  # where the sample is noted that is being read
 
     @property
     def repeats(self) -> int:
@@ -98,7 +99,9 @@ class Samples:
                 before, image, candidates, failed = which, None, self._candidates(*which), []
             while image is not None or (given := next(candidates, -1)) >= 0:
                 try:
-                    image = image or ImageFile(self.index.read(given), self.in_chans)
+                    if image is None:
+                        self._note(given)
+                        image = ImageFile(self.index.read(given), self.in_chans)
                     images[i] = self.transform(image, draws[i])
                     ids[i] = given
                     break
@@ -124,7 +127,12 @@ class Samples:
                     ids[i] = candidate
                     break
                 bad.append(self._bad(candidate, small.unreadable[candidate]))
+        self._note(int(ids[0]))
         images[:] = self.transform.of_small(small.read(ids), draws)
+
+    def _note(self, sample: int) -> None:
+        if self.place is not None:
+            self.place.fill_(sample)
 
     def _candidates(self, sample: int, epoch: int) -> Iterator[int]:
         """Yields the sample, and then those that take its place in this epoch, one after another.

@@ -3,78 +3,181 @@
 runs/NAME/state/step-00001200/
     model.safetensors        every parameter and buffer of the task
     optimizer.safetensors    PARAMETER:moment for every parameter
-    progress.json            step, samples seen, fingerprint of the data, ...
+    progress.json            step, samples seen, fingerprint of the data, ..., and a checksum of every file, itself too
 
-A state is written beside and renamed, so a folder of this name is complete. Nothing random is kept: steps reseed.
+A state is written beside and renamed, so a folder of this name is complete unless the disk has damaged it since. Its
+files are the same however many processes shared the run, and whether each held all parameters or a part of them (FSDP).
+Nothing random is kept: steps reseed.
 """
 
+import hashlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import InputError
 from .files import replace_folder, write_tensors
 
+MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "model.safetensors", "optimizer.safetensors", "progress.json"
+SET_ASIDE = "damaged-"  # in front of the name of a state that cannot be continued from
+
+
+class Damaged(InputError):
+    """A state is not what was saved."""
+
+
+class Tensors(NamedTuple):
+    """What a state holds, in host memory or wherever the parameters are."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
 
 def state_folders(run_dir: Path) -> list[Path]:
-    """Returns the complete states of a run, oldest first."""
-    return sorted(path for path in (run_dir / "state").glob("step-*") if (path / "progress.json").is_file())
+    """Returns the states of a run, oldest first."""
+    return sorted(path for path in (run_dir / "state").glob("step-*") if path.is_dir())
 
 
-def save_state(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], *, keep: int
-) -> Path:
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Returns whole tensors under the model's own names; where processes hold parts, all of them must call it."""
+    moments = {
+        f"{name}:{moment}": _whole(value)
+        for name, parameter in model.named_parameters()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+    return Tensors({name: _whole(x) for name, x in model.state_dict().items()}, moments)
+
+
+def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, keep: int) -> Path:
     """Writes the state of `progress["step"]` and then deletes all but the newest `keep` states. Returns its folder."""
     folder = run_dir / "state" / f"step-{progress['step']:08d}"
 
     def fill(partial: Path) -> None:
-        tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
-        write_tensors(partial / "model.safetensors", tensors)
-        write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
-        (partial / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
+        write_tensors(partial / MODEL_FILE, tensors.model)
+        write_tensors(partial / OPTIMIZER_FILE, tensors.optimizer)
+        (partial / PROGRESS_FILE).write_text(_sealed(progress | {"sha256": _checksums(partial)}))
 
     replace_folder(folder, fill)
     for old in state_folders(run_dir)[: -max(1, keep)]:
-        shutil.rmtree(old)
+        _delete(old)
     return folder
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads a state into `model` and `optimizer` and returns its progress.
+def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest state that is whole, and a sentence for each newer one, which is set aside.
 
-    Raises InputError when the state is damaged or belongs to another model.
+    Raises InputError when there are states and none is whole.
     """
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        moments = load_file(folder / "optimizer.safetensors")
-        progress = json.loads((folder / "progress.json").read_text())
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    passed_over: list[str] = []
+    folders = state_folders(run_dir)
+    damaged = []
+    for folder in reversed(folders):
+        try:
+            read_progress(folder)
+        except Damaged as error:
+            passed_over.append(f"{error}; it is passed over")
+            damaged.append(folder)
+            continue
+        for other in damaged:  # or a later rotation would count it among the states to keep
+            aside = other.with_name(SET_ASIDE + other.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(other, aside)
+        return folder, passed_over
+    if folders:
         raise InputError(
-            f"{folder}: this state cannot be loaded ({first_line}); delete it to use the one before"
-        ) from error
-    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in moments.items():
-        name, _, moment = key.rpartition(":")
-        by_parameter.setdefault(name, {})[moment] = value
-    for name, parameter in model.named_parameters():
-        if name in by_parameter:
-            optimizer.state[parameter] = {
-                moment: value if moment == "step" else value.to(parameter.device)
-                for moment, value in by_parameter[name].items()
-            }
+            f"{'; '.join(passed_over)}: no state is left to continue from. Give another run_dir, or delete "
+            f"{run_dir / 'state'} to start again"
+        )
+    return None, []
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Returns the progress of a state, all of whose files have been checked. Raises Damaged."""
+    try:
+        progress = _unsealed((folder / PROGRESS_FILE).read_bytes())
+        found = _checksums(folder)
+    except OSError as error:
+        raise Damaged(f"{folder}: {Path(error.filename or folder).name} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise Damaged(f"{folder}: {PROGRESS_FILE} is damaged ({error})") from error
+    wanted = progress.pop("sha256")
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise Damaged(f"{folder}: {name} is missing")
+        if found[name] != wanted.get(name):
+            raise Damaged(f"{folder}: {name} is damaged (its checksum is not that of progress.json)")
     return progress
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}:{moment}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Loads the parameters and buffers of a state. Raises InputError when they are of another model."""
+    try:
+        model.load_state_dict(load_file(folder / MODEL_FILE))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder}: this state cannot be loaded ({first_line}): give another run_dir") from error
+
+
+def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the optimizer's moments, each to where its parameter is, and in parts where that is in parts."""
+    try:
+        moments = load_file(folder / OPTIMIZER_FILE)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder}: this state cannot be loaded ({error}): give another run_dir") from error
+    parameters = dict(model.named_parameters())
+    for key, value in moments.items():
+        name, _, moment = key.rpartition(":")
+        parameter = parameters[name]
+        if isinstance(parameter, DTensor) and value.ndim:
+            placed: Tensor = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        else:
+            placed = value.to(parameter.device)
+        optimizer.state[parameter][moment] = placed
+
+
+def _whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a state; a kill in the middle leaves nothing of the name of one."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    def digests() -> Iterator[tuple[str, str]]:
+        for name in (MODEL_FILE, OPTIMIZER_FILE):
+            if (path := folder / name).exists():
+                with path.open("rb") as file:
+                    yield name, hashlib.file_digest(file, "sha256").hexdigest()
+
+    return dict(digests())
+
+
+def _sealed(progress: dict[str, Any]) -> str:
+    """Returns JSON whose last value is the checksum of the text without it."""
+    text = json.dumps(progress, indent=2)
+    return json.dumps(progress | {"checksum": hashlib.sha256(text.encode()).hexdigest()}, indent=2) + "\n"
+
+
+def _unsealed(text: bytes) -> dict[str, Any]:
+    """Returns what was sealed. Raises ValueError when one byte is another."""
+    progress = json.loads(text)
+    if not isinstance(progress, dict) or "checksum" not in progress or "sha256" not in progress:
+        raise ValueError("it has no checksums")
+    del progress["checksum"]
+    if _sealed(progress).encode() != text:
+        raise ValueError("its checksum is another")
+    return progress

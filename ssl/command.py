@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from .config import check_ranges
-from .errors import InputError, ProcessError, did_you_mean
+from .errors import InputError, ProcessError, Stopped, did_you_mean
 
 Config = TypeVar("Config")
 
@@ -157,6 +157,8 @@ def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) 
         rank = os.environ.get("RANK")
         print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+    except Stopped:  # it has been said
+        raise SystemExit(Stopped.EXIT_STATUS) from None
     except InputError as error:
         fail(str(error), status=1)
     except KeyboardInterrupt:

@@ -164,6 +164,12 @@ class StageConfig(RunConfig):
     """How many of the newest states stay on disk."""
     log_every_steps: int = 20
     """Steps between two log lines."""
+    max_skipped_steps: int = 5
+    """Steps in a row whose loss or gradients are not finite, each skipped, before the run stops."""
+    stall_timeout_s: float = 900.0
+    """Seconds in which no step, save or evaluation ends, after which the run does, saying where it hangs."""
+    grad_checkpointing: bool = False
+    """Compute the blocks anew in the backward pass instead of keeping what they have computed: slower, less memory."""
     record_samples: bool = False
     """Write key, pixel hash and mask hash of every sample to samples-rankN.jsonl, to audit what a run has seen."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -238,7 +244,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
-    "lanes": (1, None), "cache_gb": (1e-9, None),
+    "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "stall_timeout_s": (1, None),
 }  # fmt: skip
 
 

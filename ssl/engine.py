@@ -8,38 +8,41 @@ import contextlib
 import math
 import random
 import time
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from .attention import choose_attention
 from .batches import Batch, Samples
-from .checkpoint import load_state, save_state, state_folders
 from .config import StageConfig
-from .errors import InputError
+from .errors import InputError, ProcessError, Stopped
 from .fetching import Fetching
 from .loader import build_loader
 from .log import RunLog, append_jsonl, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
 from .order import settings_of
+from .processes import Verdict, Verdicts, micro_batch_size
 from .randoms import step_seed
+from .runs import write_result
+from .saving import Saver
+from .signals import StopSignals
 from .spans import Spans
+from .watch import AGAIN, Watch
 
 Figures = dict[str, float]
 
 BAD_SAMPLES_ALLOWED = 10  # however few were read: a share of a few samples says nothing
+BAD_SAMPLES_FILE, BAD_STEPS_FILE = "bad_samples.jsonl", "bad_steps.jsonl"
 
 
 class Task(nn.Module):
@@ -58,47 +61,13 @@ class Task(nn.Module):
 class Hooks:
     """What a stage adds to the loop."""
 
-    evaluate: Callable[[int, RunLog], Figures]  # all processes: figures after `step` steps
+    command: str  # for result.json
+    evaluate: Callable[
+        [int, RunLog, StopSignals], Figures
+    ]  # all processes: figures after `step` steps. May raise Stopped
     evaluate_every_steps: int  # 0: at the end only
     export: Callable[[dict[str, Any]], None]  # main process, with the progress: writes the released weights
     fetching: Fetching | None = None  # of remote shards; None: there are none
-
-
-def build_accelerator(precision: str) -> Accelerator:
-    """Returns accelerate's view of this process: device, autocast, DDP. On a GPU by CUDA or ROCm, else on the CPU.
-
-    Raises InputError for fp16 without a GPU.
-    """
-    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    if cpu and precision == "fp16":
-        raise InputError("precision fp16 needs a GPU: use bf16 or no")
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # a one-channel patch embedding: no cost, no error
-    # The first process may scan shards or fit probes alone for longer than the usual ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[ddp, patience])
-
-
-def micro_batch_size(batch_size: int, micro: int | None, world_size: int) -> int:
-    """Returns the images in one forward pass of one process.
-
-    Raises InputError, with sizes that work, when the global batch does not divide by processes and micro-batches.
-    """
-    if batch_size < world_size or batch_size % world_size:
-        lower, upper = batch_size // world_size * world_size, -(-batch_size // world_size) * world_size
-        sizes = f"{lower} or {upper}" if lower else str(upper)
-        raise InputError(f"batch_size {batch_size} is not a multiple of the {world_size} processes: use {sizes}")
-    per_rank = batch_size // world_size
-    if micro is None:
-        return per_rank
-    if micro < 1 or per_rank % micro:
-        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
-        near = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:3])
-        raise InputError(
-            f"micro_batch_size {micro} does not divide the {per_rank} images of a process "
-            f"(batch_size {batch_size} / {world_size} processes): use {', '.join(map(str, near))}"
-        )
-    return micro
 
 
 def train(
@@ -113,127 +82,266 @@ def train(
 ) -> Figures:
     """Trains to the last step of `schedule`, from the newest state in `run_dir` if any. Returns the last figures.
 
-    Raises InputError when the state belongs to other data, when the processes do not find the same state, when too many
-    samples are unreadable, and when loss or gradients are no longer finite (before they reach a state).
+    Raises Stopped, its state saved, when any process gets a signal. Raises InputError when the state belongs to other
+    data, when the processes do not find the same state, when too many samples are unreadable or too many steps in a row
+    have no finite loss and gradients, and when two states in a row cannot be saved.
     """
-    rank, world_size, total_steps = accelerator.process_index, accelerator.num_processes, schedule.total_steps
-    micro = micro_batch_size(config.batch_size, config.micro_batch_size, world_size)
-    accum_steps = config.batch_size // world_size // micro
+    micro = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
     if micro % samples.repeats:
         raise InputError(
             f"data.repeats {samples.repeats} does not divide the {micro} images that a process takes at once: use a "
             "divisor, or another micro_batch_size"
         )
-    progress = _resume(run_dir, task, optimizer, samples, rank)
-    first_step = progress["step"]
-    choose_attention(task, accelerator.device, config.precision)
-    if config.compile:
-        task.network.compile()
-    model, prepared = accelerator.prepare(task, optimizer)  # the model first, so that resumed moments follow it
-    if accelerator.scaler is not None and "scaler" in progress:
-        accelerator.scaler.load_state_dict(progress["scaler"])
-    _agree_on(first_step, accelerator, run_dir)
-    log = RunLog(run_dir, first_step=first_step, total_steps=total_steps, enabled=accelerator.is_main_process)
-    if first_step:
-        log.say(f"continuing from step {first_step} of {total_steps} in {run_dir}")
-    spans = Spans(
-        range(first_step, total_steps),
-        batch_size=config.batch_size,
-        micro_batch_size=micro,
-        rank=rank,
-        world_size=world_size,
-    )
-    loader = iter(build_loader(samples, spans, num_workers=config.num_workers, fetching=hooks.fetching))
-    meter = Meter(accelerator, config.batch_size)
-    keys: list[str] = []
+    loop = _Loop(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir, micro)
+    with StopSignals() as loop.signals, loop.watch:
+        try:
+            return loop.run()
+        except Stopped:
+            loop.leave()
+            raise
+        except RuntimeError as error:
+            if accelerator.num_processes == 1 or not _is_lost_connection(error):
+                raise
+            first_line = str(error).splitlines()[0]
+            raise ProcessError(f"lost another process ({first_line}): {loop.watch.who_is_gone()}. {AGAIN}") from error
 
-    for step in range(first_step, total_steps):
-        done, last = step + 1, step + 1 == total_steps
-        _reseed(step_seed(config.seed, "step", step, rank))
-        set_lr(prepared, schedule.lr_at(step))
-        for i in range(accum_steps):
-            batch = meter.next_batch(loader)
-            keys = batch.keys
-            _record(batch, run_dir, step, rank, config.record_samples)
-            with accelerator.no_sync(model) if i + 1 < accum_steps else contextlib.nullcontext():
-                loss, metrics = model(batch.to(accelerator.device))
-                accelerator.backward(loss / accum_steps)
-            meter.add(loss, metrics)
+
+class _Loop:
+    """A run on its way: what its steps share."""
+
+    signals: StopSignals
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        samples: Samples,
+        schedule: Schedule,
+        config: StageConfig,
+        accelerator: Accelerator,
+        hooks: Hooks,
+        run_dir: Path,
+        micro: int,
+    ) -> None:
+        self.task, self.samples, self.schedule, self.config = task, samples, schedule, config
+        self.accelerator, self.hooks, self.run_dir = accelerator, hooks, run_dir
+        self.rank, self.total_steps = accelerator.process_index, schedule.total_steps
+        self.accum_steps = config.batch_size // accelerator.num_processes // micro
+        self.saver = Saver(run_dir, task, optimizer, accelerator, keep=config.keep_states, export=hooks.export)
+        self.progress = self._resumed()
+        self.first_step = self.done = self.progress["step"]
+        choose_attention(task, accelerator.device, config.precision)
+        if config.compile:
+            task.network.compile()
+        self.model, self.optimizer = accelerator.prepare(task, optimizer)
+        self.saver.resume_moments()
+        if accelerator.scaler is not None and "scaler" in self.progress:
+            accelerator.scaler.load_state_dict(self.progress["scaler"])
+        self.log = RunLog(
+            run_dir, first_step=self.first_step, total_steps=self.total_steps, enabled=accelerator.is_main_process
+        )
+        spans = Spans(
+            range(self.first_step, self.total_steps),
+            batch_size=config.batch_size,
+            micro_batch_size=micro,
+            rank=self.rank,
+            world_size=accelerator.num_processes,
+        )
+        self.loader = build_loader(samples, spans, num_workers=config.num_workers, fetching=hooks.fetching)
+        self.batches = iter(self.loader)
+        self.meter = Meter(accelerator, config.batch_size)
+        self.verdicts = Verdicts(accelerator)
+        self.skipped_in_a_row = 0
+        self.unreadable: list[dict[str, Any]] = []  # to be listed
+        self.listed_samples = 0  # of all processes, since the start of this one
+        self.watch = Watch(self.rank, accelerator.num_processes, config.stall_timeout_s, self.loader.reading)
+
+    def run(self) -> Figures:
+        """Does what is left of the run."""
+        if self.first_step:
+            self.log.say(f"continuing from step {self.first_step} of {self.total_steps} in {self.run_dir}")
+            if self.first_step < self.total_steps and _due(self.first_step, self.hooks.evaluate_every_steps):
+                self._evaluate()  # a kill in the middle of an evaluation has left none
+        for step in range(self.first_step, self.total_steps):
+            self._step(step)
+            self.done = step + 1
+            self._end_step()
+        self.progress["figures"] |= self._evaluate()  # also when a killed run had only this left to do
+        if self.accelerator.is_main_process:
+            self.hooks.export(self.progress)
+        self.log.close()
+        return self.progress["figures"]
+
+    def leave(self) -> None:
+        """Saves the state of a run that was asked to stop, and says so in result.json."""
+        if self.saver.saved_step != self.done:
+            self._read_figures()
+            self._save()
+        if self.accelerator.is_main_process:
+            facts = {"preempted": True, "signal": self.signals.received, "step": self.done, "steps": self.total_steps}
+            write_result(self.run_dir, self.hooks.command, finished=False, **facts)
+            self.log.say(f"stopped behind step {self.done} of {self.total_steps}, its state saved: {AGAIN}")
+        self.log.close()
+
+    def _resumed(self) -> dict[str, Any]:
+        """Returns the progress of the newest state, its parameters loaded, or that of a new run."""
+        fingerprint, order = self.samples.index.fingerprint(), settings_of(self.samples.order)
+        new = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "skipped_steps": 0, "figures": {}}
+        progress = new | (self.saver.resume() or {})
+        if progress["data_fingerprint"] != fingerprint:
+            raise InputError(
+                f"{self.run_dir} was trained on other shards (fingerprint {progress['data_fingerprint']}, data.train "
+                f"now has {fingerprint}): give the same data.train, or another run_dir"
+            )
+        if progress.setdefault("order", order) != order:
+            changed = "; ".join(f"{key} {progress['order'].get(key)}, now {order[key]}" for key in order)
+            raise InputError(
+                f"{self.run_dir}: the run began with another order of samples ({changed}): give data.lanes, "
+                "data.block_samples, data.repeats and the sources as they were (remote shards have other defaults than "
+                "local ones)"
+            )
+        mine = [f"samples-rank{self.rank}.jsonl", *([BAD_SAMPLES_FILE, BAD_STEPS_FILE] if self.rank == 0 else [])]
+        for name in mine:
+            drop_later_records(self.run_dir / name, progress["step"] - 1)  # their steps count from 0, and come again
+        return progress
+
+    def _step(self, step: int) -> None:
+        """Does one optimizer step, or skips it on the device where loss or gradients are not finite."""
+        _reseed(step_seed(self.config.seed, "step", step, self.rank))
+        set_lr(self.optimizer, self.schedule.lr_at(step))
+        keys: list[str] = []
+        for i in range(self.accum_steps):
+            self.watch.move(step, "waiting for data")
+            batch = self.meter.next_batch(self.batches)
+            self.watch.move(step, "computing")
+            keys += batch.keys
+            self._record(batch, step)
+            last = i + 1 == self.accum_steps
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, metrics = self.model(batch.to(self.accelerator.device))
+                self.accelerator.backward(loss / self.accum_steps)
+            self.meter.add(loss, metrics)
+        norm = self._clip()
+        stop = self.signals.received is not None
+        skipped = self.verdicts.reach(step, self.meter.step_loss(), norm, stop=stop, keys=keys)
+        if self.accelerator.scaler is None:
+            self.optimizer.optimizer.found_inf = skipped  # the fused kernel then leaves everything as it is
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.meter.end_step(norm, skipped)
+
+    def _end_step(self) -> None:
+        """Logs, saves and evaluates where it is time to. Raises Stopped."""
+        done, last, config = self.done, self.done == self.total_steps, self.config
         log_now = last or _due(done, config.log_every_steps)
         save_now = last or _due(done, config.save_every_steps)
-        norm = _clip(accelerator, model, prepared, config, measure=log_now or save_now)
-        prepared.step()
-        prepared.zero_grad()
-        meter.steps += 1
-        log.advance()
+        self.log.advance()
+        verdicts = self.verdicts.known(wait=log_now or save_now)
+        for verdict in verdicts:
+            self._count_skipped(verdict)
         if log_now or save_now:
-            means = meter.read()
-            epoch = done * config.batch_size / len(samples.order)
-            figures = {"epoch": epoch, "loss": means["loss"], "lr": schedule.lr_at(step)} | means | norm
-            _check(figures, done, config, (done - first_step) * config.batch_size, keys, accelerator)
-            progress["figures"] = figures
+            self._read_figures()
         if log_now:
-            log.metrics(done, progress["figures"], eta_s=meter.seconds_for(total_steps - done))
-            meter.start()
+            eta_s = self.meter.seconds_for(self.total_steps - done)
+            self.log.metrics(done, self.progress["figures"], eta_s=eta_s)
+            self.meter.start()
         paused_at = time.perf_counter()
         if save_now:
-            progress |= {"step": done, "samples_seen": done * config.batch_size}
-            if accelerator.scaler is not None:
-                progress["scaler"] = accelerator.scaler.state_dict()
-            if accelerator.is_main_process:
-                save_state(run_dir, task, optimizer, progress, keep=config.keep_states)
-                if not last:  # else it follows at once, with the evaluation's figures
-                    hooks.export(progress)
-            accelerator.wait_for_everyone()
-        if not last and _due(done, hooks.evaluate_every_steps):
-            hooks.evaluate(done, log)
-        meter.pause(paused_at)
+            self._save()
+        if any(verdict.stop for verdict in verdicts):
+            raise Stopped(f"stopped by a signal behind step {done} of {self.total_steps}")
+        if not last and _due(done, self.hooks.evaluate_every_steps):
+            self._evaluate()
+        self.meter.pause(paused_at)
 
-    progress["figures"] |= hooks.evaluate(total_steps, log)  # also when a killed run had only this left to do
-    if accelerator.is_main_process:
-        hooks.export(progress)
-    log.close()
-    return progress["figures"]
+    def _evaluate(self) -> Figures:
+        with self.watch.during("evaluating"):
+            return self.hooks.evaluate(self.done, self.log, self.signals)
+
+    def _save(self) -> None:
+        self.progress |= {"step": self.done, "samples_seen": self.done * self.config.batch_size}
+        if self.accelerator.scaler is not None:
+            self.progress["scaler"] = self.accelerator.scaler.state_dict()
+        with self.watch.during("saving"):
+            if refusal := self.saver.save(self.progress, last=self.done == self.total_steps):
+                self.log.say(refusal)
+
+    def _clip(self) -> Tensor:
+        """Clips gradients where configured. Returns their norm before it, the same on all processes."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.config.optim.clip_grad is not None:
+            norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        else:
+            self.accelerator.unscale_gradients(self.optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _record(self, batch: Batch, step: int) -> None:
+        """Notes unreadable samples and, when asked, lists every sample in samples-rankN.jsonl."""
+        self.unreadable += [{"step": step, **bad._asdict()} for bad in batch.bad]
+        if self.config.record_samples:
+            masks = batch.masking.ids_keep.numpy() if batch.masking is not None else np.empty((len(batch.keys), 0))
+            records = [
+                {
+                    "step": step,
+                    "key": key,
+                    "pixels": zlib.crc32(image.numpy().tobytes()),
+                    "mask": zlib.crc32(mask.tobytes()),
+                }
+                for key, image, mask in zip(batch.keys, batch.images, masks, strict=True)
+            ]
+            append_jsonl(self.run_dir / f"samples-rank{self.rank}.jsonl", records)
+
+    def _count_skipped(self, verdict: Verdict) -> None:
+        """Lists a skipped step, of all processes alike. Raises InputError after too many in a row."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.skipped else 0
+        if not verdict.skipped:
+            return
+        self.progress["skipped_steps"] += 1
+        losses, keys = gather_object([verdict.loss]), gather_object(verdict.keys)
+        loss, norm = f"{sum(losses) / len(losses)}", f"{verdict.grad_norm}"
+        name, value = ("grad_norm", norm) if math.isfinite(sum(losses)) else ("loss", loss)
+        if self.accelerator.is_main_process:
+            record = {"step": verdict.step, "loss": loss, "grad_norm": norm, "keys": keys}
+            self.log.append(BAD_STEPS_FILE, [record])
+            self.log.say(
+                f"step {verdict.step + 1}: the {name} is {value}, so it is skipped ({BAD_STEPS_FILE} has its samples)"
+            )
+        if self.skipped_in_a_row > self.config.max_skipped_steps:
+            raise InputError(
+                f"the {name} is {value} at step {verdict.step + 1}, and {self.skipped_in_a_row} steps in a row were "
+                f"skipped for such (max_skipped_steps {self.config.max_skipped_steps}; first samples: "
+                f"{', '.join(keys[:4])}): lower optim.base_lr, set optim.clip_grad 1, or use --precision no, in a new "
+                "run_dir if this one holds states"
+            )
+
+    def _read_figures(self) -> None:
+        """Reads the means of the interval into `progress`. Raises InputError when too many samples were unreadable."""
+        means = self.meter.read()
+        epoch = self.done * self.config.batch_size / len(self.samples.order)
+        figures = {"epoch": epoch, "loss": means["loss"], "lr": self.schedule.lr_at(self.done - 1)} | means
+        self.progress["figures"] = figures | {"skipped_steps": self.progress["skipped_steps"]}
+        bad, limit = int(means["bad_samples"]), self.config.data.max_bad_share
+        if bad > self.listed_samples:
+            self.listed_samples = bad
+            records = gather_object(self.unreadable)  # one process writes: others may be on other machines
+            self.unreadable = []
+            if self.accelerator.is_main_process:
+                self.log.append(BAD_SAMPLES_FILE, records)
+        samples_read = (self.done - self.first_step) * self.config.batch_size
+        if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
+            raise InputError(
+                f"{bad} reads of samples failed in {samples_read} (data.max_bad_share is {limit}): see "
+                f"{BAD_SAMPLES_FILE}, leave them out with launch/shards.py repair, or raise data.max_bad_share"
+            )
 
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _resume(
-    run_dir: Path, task: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, rank: int
-) -> dict[str, Any]:
-    """Returns the progress of the newest state, loaded into task and optimizer, or that of a new run."""
-    fingerprint = samples.index.fingerprint()
-    states = state_folders(run_dir)
-    progress = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "figures": {}}
-    if states:
-        progress = load_state(states[-1], task, optimizer)
-    if progress["data_fingerprint"] != fingerprint:
-        raise InputError(
-            f"{run_dir} was trained on other shards (fingerprint {progress['data_fingerprint']}, data.train now has "
-            f"{fingerprint}): give the same data.train, or another run_dir"
-        )
-    order = settings_of(samples.order)
-    if progress.setdefault("order", order) != order:
-        changed = "; ".join(f"{key} {progress['order'].get(key)}, now {order[key]}" for key in order)
-        raise InputError(
-            f"{run_dir}: the run began with another order of samples ({changed}): give data.lanes, data.block_samples, "
-            "data.repeats and the sources as they were (remote shards have other defaults than local ones)"
-        )
-    for path in [run_dir / f"samples-rank{rank}.jsonl", *([run_dir / "bad_samples.jsonl"] if rank == 0 else [])]:
-        drop_later_records(path, progress["step"] - 1)  # their steps count from 0, and are done again
-    return progress
-
-
-def _agree_on(first_step: int, accelerator: Accelerator, run_dir: Path) -> None:
-    """Raises InputError when a process found another state to continue from; they would wait for ever."""
-    found: Any = accelerator.gather(torch.tensor([first_step], device=accelerator.device))
-    if len(set(found.tolist())) > 1:
-        raise InputError(
-            f"run_dir {run_dir}: the processes found states of steps {sorted(set(found.tolist()))}: all "
-            "machines must see the same run_dir"
-        )
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
 
 
 def _reseed(seed: int) -> None:
@@ -241,55 +349,3 @@ def _reseed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-
-
-def _record(batch: Batch, run_dir: Path, step: int, rank: int, record_samples: bool) -> None:
-    """Lists unreadable samples in bad_samples.jsonl and, when asked, every sample in samples-rankN.jsonl."""
-    if batch.bad:
-        append_jsonl(run_dir / "bad_samples.jsonl", [{"step": step, **bad._asdict()} for bad in batch.bad])
-    if record_samples:
-        masks = batch.masking.ids_keep.numpy() if batch.masking is not None else np.empty((len(batch.keys), 0))
-        records = [
-            {
-                "step": step,
-                "key": key,
-                "pixels": zlib.crc32(image.numpy().tobytes()),
-                "mask": zlib.crc32(mask.tobytes()),
-            }
-            for key, image, mask in zip(batch.keys, batch.images, masks, strict=True)
-        ]
-        append_jsonl(run_dir / f"samples-rank{rank}.jsonl", records)
-
-
-def _clip(
-    accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, config: StageConfig, *, measure: bool
-) -> Figures:
-    """Clips gradients where configured. Returns their norm before it at the steps where it is asked for."""
-    limit = config.optim.clip_grad
-    if limit is None and not measure:
-        return {}
-    if limit is not None:
-        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-    else:
-        accelerator.unscale_gradients(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return {"grad_norm": float(norm)} if measure and norm is not None else {}
-
-
-def _check(
-    figures: Figures, done: int, config: StageConfig, samples_read: int, keys: list[str], accelerator: Accelerator
-) -> None:
-    """Raises InputError when loss or gradients are not finite or too many samples could not be read."""
-    watched = ["loss"] if accelerator.scaler is not None else ["loss", "grad_norm"]  # the fp16 scaler skips such steps
-    for name in watched:
-        if not math.isfinite(figures.get(name, 0.0)):
-            raise InputError(
-                f"the {name} is {figures[name]} at step {done} (last samples: {', '.join(keys[:4])}): lower "
-                "optim.base_lr, set optim.clip_grad 1, or use --precision no, in a new run_dir if this one holds states"
-            )
-    bad, limit = int(figures["bad_samples"]), config.data.max_bad_share
-    if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
-        raise InputError(
-            f"{bad} reads of samples failed in {samples_read} (data.max_bad_share is {limit}): see bad_samples.jsonl, "
-            "leave them out with launch/shards.py repair, or raise data.max_bad_share"
-        )

@@ -12,6 +12,14 @@ class ProcessError(InputError):
     """An InputError that perhaps this process alone has met, in the middle of a run: it speaks for itself."""
 
 
+class Stopped(InputError):
+    """The run was asked to stop, and its state is saved. It ends with status `EXIT_STATUS`."""
+
+    EXIT_STATUS = (
+        75  # EX_TEMPFAIL of sysexits.h, "try again": neither a success, that a script goes on from, nor an error
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str:
     """Returns " Did you mean X?" with at most `most` near known names, or "" when none is near."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)

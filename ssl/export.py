@@ -82,7 +82,8 @@ def export_hub(
 
 
 def _model_card(title: str, spec: ModelSpec, facts: dict[str, Any]) -> str:
-    passing = {"images_per_s", "data_wait_pct", "memory_gb", "lr", "bad_samples", "grad_norm"}  # of the last interval
+    passing = {"images_per_s", "data_wait_pct", "memory_gb", "lr", "bad_samples", "grad_norm", "grad_norm_max"}
+    # ... of the last interval
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if key not in passing)
     return f"""---
 library_name: timm

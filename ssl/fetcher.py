@@ -118,7 +118,8 @@ class Fetcher:
 
 def main() -> None:
     """Runs the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
     stock = Stock(pickle.load(sys.stdin.buffer))
     threading.Thread(target=or_end, args=(stock.run,), daemon=True).start()
     for line in sys.stdin.buffer:

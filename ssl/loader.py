@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .batches import Batch, Samples
 from .errors import InputError, ProcessError
 from .fetching import Fetching, ranks_of_machine, remote_shards
 from .order import ShardPlan
+from .patience import shown
 from .ring import InRing, Ring
+from .signals import leave_signals_to_parent
 from .spans import EvalSpans, Spans
 
 PREFETCHED = 2  # batches a worker reads ahead
@@ -35,9 +38,12 @@ class _Reader(Dataset):
 
     samples: Samples
     ring: Ring | None
+    places: Tensor  # a worker notes here which sample it reads
 
     def __getitems__(self, numbered: tuple[int, int, int]) -> Batch | InRing | _Refused:
         number, start, stop = numbered
+        worker = get_worker_info()
+        self.samples.place = self.places[worker.id if worker else 0]
         try:
             if self.ring is None:
                 return self.samples.batch(start, stop)
@@ -81,6 +87,7 @@ class Loader:
         self.num_workers = num_workers
         self.persistent = persistent and num_workers > 0
         self.fetching = fetching
+        self._places = torch.full((max(1, num_workers),), -1, dtype=torch.int64).share_memory_()  # samples being read
         self._kept = self._build() if self.persistent else None
         self._passes = 0
 
@@ -96,7 +103,7 @@ class Loader:
 
     def _pass(self, batches: Iterator[Any], mine: int) -> Iterator[Batch]:
         copies = self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(self._named_deaths(batches)):
             if self.fetching is not None:
                 self.fetching.advance(self.samples.index, number)
             if isinstance(batch, _Refused):
@@ -104,6 +111,27 @@ class Loader:
             yield batch._replace(images=batch.images.clone()) if copies else batch
             if self.persistent and mine != self._passes:  # its batches have been overwritten by the later one
                 raise RuntimeError("a later pass over this loader has begun: this one cannot go on")
+
+    def reading(self) -> str:
+        """Returns which sample each worker is reading, or read last, for a message on one that hangs or died."""
+        index = self.samples.index
+        places = [(worker, sample) for worker, sample in enumerate(self._places.tolist()) if sample >= 0]
+        return "; ".join(
+            f"worker {worker}: {shown(index.paths[int(index.shard[sample])])}, sample {index.key(sample)}"
+            for worker, sample in places
+        )
+
+    def _named_deaths(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yields `batches`. Raises ProcessError when a worker dies, with what was being read."""
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ProcessError(
+                f"{' '.join(str(error).split())} Then the workers were reading {self.reading() or 'nothing yet'}. If "
+                "memory ran out, lower num_workers or micro_batch_size; the same command continues the run"
+            ) from error
 
     def _follow(self) -> None:
         """Has the shards fetched that the processes of this machine read in this pass."""
@@ -118,7 +146,9 @@ class Loader:
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: slower, not wrong
         slots = workers * PREFETCHED + 2  # those on their way, one arriving, one being copied
         return DataLoader(
-            _Reader(self.samples, Ring(slots, self.spans.largest, self.samples.shape) if workers else None),
+            _Reader(
+                self.samples, Ring(slots, self.spans.largest, self.samples.shape) if workers else None, self._places
+            ),
             batch_sampler=_Numbered(self.spans),  # type: ignore[arg-type]
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=workers,
@@ -126,6 +156,7 @@ class Loader:
             pin_memory=cuda,
             persistent_workers=self.persistent,
             multiprocessing_context=_start_method(cuda) if workers else None,
+            worker_init_fn=_begin_worker if workers else None,
             generator=torch.Generator(),  # it draws a seed for workers, and must not move the global generator
         )
 
@@ -151,6 +182,11 @@ def _start_method(cuda: bool) -> Any:
     if cuda:
         context.set_forkserver_preload([__name__])
     return context
+
+
+def _begin_worker(worker: int) -> None:
+    del worker
+    leave_signals_to_parent()
 
 
 def _as_it_is(batch: Any) -> Any:

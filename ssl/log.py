@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from tqdm import tqdm
 
 from .files import write_text
 
+COUNTS = ("bad_samples", "skipped_steps")  # shown where they are not zero
+
 
 class RunLog:
     """Writes the records of one run; silent on every process but the main one.
@@ -22,14 +26,16 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool) -> None:
+        self.run_dir = run_dir
         self.enabled = enabled
         self.total_steps = total_steps
+        self.refused = False  # a record, by the disk
         self.metrics_path = run_dir / "metrics.jsonl"
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # seconds of imports, paid by one process
 
-        drop_later_records(self.metrics_path, first_step)
+        drop_later_records(self.metrics_path, first_step, evaluations=False)
         self.writer = SummaryWriter(run_dir, purge_step=first_step + 1)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
@@ -37,8 +43,9 @@ class RunLog:
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
         if self.enabled:
-            self.bar.write(text)
-            sys.stdout.flush()
+            with suppress(OSError):  # the terminal may be a file on a full disk
+                self.bar.write(text)
+                sys.stdout.flush()
 
     def advance(self) -> None:
         """Moves the progress bar by one step."""
@@ -49,14 +56,12 @@ class RunLog:
         """Records the values of `step` steps done: one line each in the terminal and in metrics.jsonl, and curves."""
         if not self.enabled:
             return
-        with self.metrics_path.open("a") as file:
-            finite = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }  # JSON has no NaN
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        shown = {name: value for name, value in values.items() if name != "bad_samples" or value}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.append(self.metrics_path.name, [{"step": step, **finite}])
+        with self._spared():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        shown = {name: value for name, value in values.items() if name not in COUNTS or value}
         words = [f"step {step}/{self.total_steps}", *(f"{name} {_short(name, v)}" for name, v in shown.items())]
         if eta_s is not None:
             words.append(f"eta {timedelta(seconds=round(eta_s))}")
@@ -65,13 +70,31 @@ class RunLog:
     def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         """Records a picture in TensorBoard."""
         if self.enabled:
-            self.writer.add_image(name, pixels, step, dataformats="HWC")
+            with self._spared():
+                self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def append(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Appends records to a JSONL file of the run."""
+        if self.enabled:
+            with self._spared():
+                append_jsonl(self.run_dir / name, records)
 
     def close(self) -> None:
         """Ends the progress bar and writes out what TensorBoard still holds."""
         if self.enabled:
             self.bar.close()
-            self.writer.close()
+            with self._spared():
+                self.writer.close()
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Goes on where a record cannot be written, and says so once: only states are worth ending a run for."""
+        try:
+            yield
+        except OSError as error:
+            if not self.refused:
+                self.refused = True
+                self.say(f"{self.run_dir}: records cannot be written ({error.strerror or error}), some will be missing")
 
 
 def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
@@ -80,18 +103,23 @@ def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def drop_later_records(path: Path, step: int) -> None:
-    """Keeps the lines of a JSONL file up to `step`; what a killed process wrote after it will be written again."""
+def drop_later_records(path: Path, step: int, *, evaluations: bool = True) -> None:
+    """Keeps the lines of a JSONL file up to `step`; what a killed process wrote after it will be written again.
+
+    Without `evaluations`, those after `step` itself go too: they are what has no learning rate.
+    """
     if path.exists():
-        lines = path.read_text().splitlines()
-        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        kept = [line for line in path.read_text().splitlines() if _is_kept(line, step, evaluations)]
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _step_of(line: str) -> int:
+def _is_kept(line: str, step: int, evaluations: bool) -> bool:
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        of_step = int(record["step"])
     except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return sys.maxsize
+        return False
+    return of_step < step or (of_step == step and (evaluations or "lr" in record))
 
 
 def _short(name: str, value: float | int) -> str:

@@ -19,7 +19,6 @@ from .config import PretrainConfig, steps_in
 from .engine import Figures, Hooks, Task, train
 from .errors import InputError
 from .export import ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
-from .files import write_json
 from .hybrid import has_batch_norm, with_statistics_of
 from .log import RunLog
 from .mae import MaskedAutoencoder, attach_decoder
@@ -28,7 +27,8 @@ from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
 from .released import load_encoder
-from .runs import write_run_files
+from .runs import write_result, write_run_files
+from .signals import StopSignals
 from .stage import Opened, open_stage
 from .targets import PCATarget
 
@@ -110,10 +110,10 @@ def pretrain(config: PretrainConfig) -> Figures:
     if isinstance(autoencoder.target, PCATarget):
         _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
     painter = Painter(opened, task, masks)
-    hooks = Hooks(painter.draw, config.picture_every_steps, export, opened.fetching)
+    hooks = Hooks("pretrain", painter.draw, config.picture_every_steps, export, opened.fetching)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
-        write_json(run_dir / "result.json", {"command": "pretrain", "finished": True, "steps": total_steps, **figures})
+        write_result(run_dir, "pretrain", finished=True, steps=total_steps, **figures)
         print(f"done: {run_dir / ENCODER_FILE}", flush=True)
     accelerator.end_training()
     return figures
@@ -190,8 +190,9 @@ class Painter:
         samples = opened.samples(index, FileOrder(picked), crop, masks)
         self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None
 
-    def draw(self, step: int, log: RunLog) -> Figures:
+    def draw(self, step: int, log: RunLog, signals: StopSignals) -> Figures:
         """Writes reconstructions.png and the same picture to TensorBoard."""
+        del signals  # it takes a moment only
         if self.batch is not None:
             autoencoder, normalize = self.task.autoencoder, self.task.normalize
             batch = self.batch.to(self.accelerator.device)

@@ -21,7 +21,8 @@ from .files import remove_leftovers, write_json, write_text
 NEUTRAL = {
     "run_dir", "resume", "compile", "num_workers", "save_every_steps", "keep_states",
     "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
-    "data.max_bad_share", "data.cache_dir", "data.cache_gb",
+    "data.max_bad_share", "data.cache_dir", "data.cache_gb", "stall_timeout_s", "max_skipped_steps",
+    "grad_checkpointing",
     "data.lanes", "data.block_samples",  # these are compared as null is meant, with the state
 }  # fmt: skip
 
@@ -57,11 +58,26 @@ def open_run(config: RunConfig) -> Path:
     return run_dir
 
 
+def is_unfinished(run_dir: Path) -> bool:
+    """Returns whether result.json says that the run was stopped before its end."""
+    try:
+        return not json.loads((run_dir / "result.json").read_text())["finished"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write_run_files(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     """Writes config.yaml, from which the run can be started again, and environment.json."""
     remove_leftovers(run_dir)
+    if is_unfinished(run_dir):
+        (run_dir / "result.json").unlink()  # of when it was stopped
     write_text(run_dir / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     write_json(run_dir / "environment.json", environment() | facts)
+
+
+def write_result(run_dir: Path, command: str, *, finished: bool, **figures: Any) -> None:
+    """Writes result.json: how a command ended, and its figures."""
+    write_json(run_dir / "result.json", {"command": command, "finished": finished, **figures})
 
 
 def plain(config: Any) -> dict[str, Any]:

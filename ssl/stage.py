@@ -12,7 +12,7 @@ from jaxtyping import Int
 from .augment import CenterCrop, RandomCrop
 from .batches import Samples
 from .config import DataConfig, RunConfig
-from .engine import BAD_SAMPLES_ALLOWED, build_accelerator
+from .engine import BAD_SAMPLES_ALLOWED, BAD_SAMPLES_FILE
 from .errors import InputError
 from .export import ModelSpec
 from .fetching import Fetching
@@ -20,6 +20,7 @@ from .index import ShardIndex, open_index, refuse_damage
 from .log import append_jsonl
 from .masking import MaskSampler
 from .order import Order, build_order
+from .processes import build_accelerator
 from .released import Weights, encoder_spec, read_weights
 from .runs import open_run
 from .shard_names import sources
@@ -119,5 +120,5 @@ def _report_defects(index: ShardIndex, run_dir: Path) -> None:
     lost = index.samples_lost()
     head = f"lost in damaged shards, about {lost} samples in all:" if lost > 1 else "noticed in the shards:"
     print("\n  ".join([head, *index.describe_defects()]), flush=True)
-    if not (run_dir / "bad_samples.jsonl").exists():
-        append_jsonl(run_dir / "bad_samples.jsonl", [{"step": -1, **d._asdict()} for d in index.defects])
+    if not (run_dir / BAD_SAMPLES_FILE).exists():
+        append_jsonl(run_dir / BAD_SAMPLES_FILE, [{"step": -1, **d._asdict()} for d in index.defects])

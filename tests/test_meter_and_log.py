@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import socket
 import subprocess
@@ -32,7 +33,7 @@ def curve(run_dir: Path, name: str) -> list[tuple[int, float]]:
 def log_steps(run_dir: Path, first_step: int, last_step: int, *, offset: float = 0.0, total_steps: int = 100) -> None:
     log = RunLog(run_dir, first_step=first_step, total_steps=total_steps, enabled=True)
     for step in range(first_step + 1, last_step + 1):
-        log.metrics(step, {"loss": step + offset})
+        log.metrics(step, {"loss": step + offset, "lr": 0.1})
         log.advance()
     log.close()
 
@@ -162,16 +163,37 @@ class Clock:
             yield batch()
 
 
+def end_step(meter: Meter, norm: float = 1.0, *, skipped: bool = False) -> None:
+    meter.end_step(torch.tensor(norm), torch.tensor(float(skipped)))
+
+
 def test_means_are_over_the_forward_passes_of_an_interval(accelerator):
     meter = Meter(accelerator, 8)
     for loss, accuracy in ((1.0, 0.5), (2.0, 0.7), (6.0, 0.0)):
         meter.add(torch.tensor(loss), {"accuracy": torch.tensor(accuracy)})
+    assert float(meter.step_loss()) == pytest.approx(3.0)
+    end_step(meter)
     first = meter.read()
     meter.start()
     meter.add(torch.tensor(10.0, dtype=torch.bfloat16), {})
+    end_step(meter)
     second = meter.read()
     assert (first["loss"], first["accuracy"]) == (pytest.approx(3.0), pytest.approx(0.4))
     assert second["loss"] == 10.0 and "accuracy" not in second
+
+
+def test_a_skipped_step_is_in_no_mean_and_a_spike_shows_in_the_largest_norm(accelerator):
+    meter = Meter(accelerator, 8)
+    for loss, norm, skipped in ((1.0, 2.0, False), (float("nan"), float("inf"), True), (3.0, 40.0, False)):
+        meter.add(torch.tensor(loss), {"x": torch.tensor(loss)})
+        end_step(meter, norm, skipped=skipped)
+    figures = meter.read()
+    assert (figures["loss"], figures["x"]) == (2.0, 2.0)
+    assert (figures["grad_norm"], figures["grad_norm_max"]) == (21.0, 40.0)
+    meter.start()
+    meter.add(torch.tensor(float("nan")), {})
+    end_step(meter, skipped=True)
+    assert math.isnan(meter.read()["loss"])
 
 
 def test_losses_are_summed_in_float32_and_without_their_graph(accelerator):
@@ -179,6 +201,7 @@ def test_losses_are_summed_in_float32_and_without_their_graph(accelerator):
     weight = torch.ones((), requires_grad=True)
     for _ in range(300):
         meter.add((weight * 1.0).to(torch.bfloat16), {})
+        end_step(meter)
     assert not meter.sums["loss"].requires_grad
     assert meter.read()["loss"] == 1.0
 
@@ -188,11 +211,13 @@ def test_bad_samples_are_counted_since_the_start_of_the_process(accelerator):
     loader = iter([batch(2), batch(0), batch(3)])
     meter.next_batch(loader)
     meter.add(torch.tensor(1.0), {})
+    end_step(meter)
     assert meter.read()["bad_samples"] == 2
     meter.start()
     for _ in range(2):
         meter.next_batch(loader)
         meter.add(torch.tensor(1.0), {})
+        end_step(meter)
     assert meter.read()["bad_samples"] == 5
 
 
@@ -203,7 +228,7 @@ def test_rates_leave_pauses_out_and_count_the_wait_for_data(accelerator, monkeyp
         meter.next_batch(loader)
         meter.add(torch.tensor(1.0), {})
         clock.now += 1.5
-        meter.steps += 1
+        end_step(meter)
     paused_at = clock.now
     clock.now += 4
     meter.pause(paused_at)
@@ -228,6 +253,7 @@ batch = Batch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), torch.zeros(1, dtype=t
 meter = Meter(accelerator, 8)
 meter.next_batch(iter([batch]))
 meter.add(torch.tensor(float(1 + 2 * rank)), {})
+meter.end_step(torch.tensor(1.0), torch.tensor(0.0))
 figures = meter.read()
 print(json.dumps([accelerator.num_processes, figures["loss"], figures["bad_samples"]]))
 accelerator.end_training()
