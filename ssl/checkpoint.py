@@ -28,6 +28,7 @@ from .errors import InputError
 from .files import replace_folder, write_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "model.safetensors", "optimizer.safetensors", "progress.json"
+SEALS = ("sha256", "checksum")  # in progress.json: of the other files, and of its own text
 SET_ASIDE = "damaged-"  # in front of the name of a state that cannot be continued from
 
 
@@ -82,7 +83,7 @@ def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
     damaged = []
     for folder in reversed(folders):
         try:
-            read_progress(folder)
+            check_state(folder)
         except Damaged as error:
             passed_over.append(f"{error}; it is passed over")
             damaged.append(folder)
@@ -100,22 +101,26 @@ def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
-    """Returns the progress of a state, all of whose files have been checked. Raises Damaged."""
+def check_state(folder: Path) -> None:
+    """Raises Damaged unless every byte of a state is as it was saved."""
     try:
-        progress = _unsealed((folder / PROGRESS_FILE).read_bytes())
+        wanted = _unsealed((folder / PROGRESS_FILE).read_bytes())["sha256"]
         found = _checksums(folder)
     except OSError as error:
         raise Damaged(f"{folder}: {Path(error.filename or folder).name} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise Damaged(f"{folder}: {PROGRESS_FILE} is damaged ({error})") from error
-    wanted = progress.pop("sha256")
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             raise Damaged(f"{folder}: {name} is missing")
         if found[name] != wanted.get(name):
             raise Damaged(f"{folder}: {name} is damaged (its checksum is not that of progress.json)")
-    return progress
+
+
+def load_progress(folder: Path) -> dict[str, Any]:
+    """Returns the progress that a state was saved with."""
+    progress = json.loads((folder / PROGRESS_FILE).read_text())
+    return {key: value for key, value in progress.items() if key not in SEALS}
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -175,7 +180,7 @@ def _sealed(progress: dict[str, Any]) -> str:
 def _unsealed(text: bytes) -> dict[str, Any]:
     """Returns what was sealed. Raises ValueError when one byte is another."""
     progress = json.loads(text)
-    if not isinstance(progress, dict) or "checksum" not in progress or "sha256" not in progress:
+    if not isinstance(progress, dict) or not set(SEALS) <= progress.keys():
         raise ValueError("it has no checksums")
     del progress["checksum"]
     if _sealed(progress).encode() != text:

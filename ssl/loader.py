@@ -38,12 +38,13 @@ class _Reader(Dataset):
 
     samples: Samples
     ring: Ring | None
-    places: Tensor  # a worker notes here which sample it reads
+    places: Tensor | None = None  # a worker notes here which sample it reads
 
     def __getitems__(self, numbered: tuple[int, int, int]) -> Batch | InRing | _Refused:
         number, start, stop = numbered
-        worker = get_worker_info()
-        self.samples.place = self.places[worker.id if worker else 0]
+        if self.places is not None:
+            worker = get_worker_info()
+            self.samples.place = self.places[worker.id if worker else 0]
         try:
             if self.ring is None:
                 return self.samples.batch(start, stop)

@@ -1,6 +1,5 @@
 """When a state is saved and released weights are written, and what happens where the disk refuses."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from .checkpoint import (
-    PROGRESS_FILE,
     load_model,
     load_moments,
+    load_progress,
     newest_state,
     save_state,
     state_folders,
@@ -70,7 +69,7 @@ class Saver:
             return None
         self.folder = folder
         load_model(folder, self.task)
-        progress = json.loads((folder / PROGRESS_FILE).read_text())
+        progress = load_progress(folder)
         self.saved_step = progress["step"]
         return progress
 

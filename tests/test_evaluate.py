@@ -20,11 +20,11 @@ from torch import nn
 from quarterlight.finetune.evaluate import evaluate
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.batches import Samples
-from quarterlight.ssl.engine import build_accelerator
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.processes import build_accelerator
 from quarterlight.ssl.spans import EvalSpans
 
 SIDE, CLASSES = 8, 7

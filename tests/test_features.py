@@ -23,10 +23,10 @@ from quarterlight.finetune.features import extract, pooled
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.encoders import build_encoder
-from quarterlight.ssl.engine import build_accelerator
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.processes import build_accelerator
 from quarterlight.ssl.vit import ViTEncoder
 
 NAME, COUNT = "vit_tiny_patch16_224", 13
