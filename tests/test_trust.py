@@ -32,7 +32,7 @@ from quarterlight.ssl.repair import repair_shards
 from quarterlight.ssl.runs import open_run
 from quarterlight.ssl.shard_config import IndexConfig, RepairConfig, ReshardConfig, VerifyConfig
 from quarterlight.ssl.shards import reshard
-from quarterlight.ssl.sidecar import INDEX_NAME, pack, read_sidecar
+from quarterlight.ssl.sidecar import INDEX_NAME, pack, read_sidecar, unpack
 from quarterlight.ssl.verify import verify_shards
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +94,7 @@ def test_no_code_is_read_from_files_anywhere():
                 assert keywords.get("allow_pickle", last != "load") is (last != "load"), (where, name)
             assert not name.startswith("yaml.") or last in ("safe_load", "safe_dump"), (where, name)
             assert "trust_remote_code" not in keywords and name != "torch.save", where
+            assert not name.startswith(("torch.jit.", "load_checkpoint_")), (where, name, "see SECURITY.md")
 
 
 # Weights.
@@ -336,6 +337,20 @@ def test_an_index_of_pickled_objects_is_not_believed(tmp_path):
     os.replace(tmp_path / "x", tmp_path / "shards" / INDEX_NAME)
     assert len(open_index(pattern)) == 20
     assert not proof.exists()
+
+
+def test_an_index_that_unpacks_to_more_than_it_is_is_not_unpacked(tmp_path):
+    pattern = write_tars(tmp_path / "shards", "train", 20)
+    open_index(pattern)
+    file = tmp_path / "shards" / INDEX_NAME
+    with zipfile.ZipFile(file) as good, zipfile.ZipFile(tmp_path / "x", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in good.namelist():
+            bomb.writestr(name, good.read(name))
+        bomb.writestr("more.npy", bytes(50_000_000))
+    assert (tmp_path / "x").stat().st_size < 100_000
+    os.replace(tmp_path / "x", file)
+    assert unpack(file.read_bytes()) == {}
+    assert len(open_index(pattern)) == 20
 
 
 # Addresses.
