@@ -79,6 +79,13 @@ def test_tasks_know_who_they_are_and_other_ends_are_not_queued_again(tmp_path, j
     assert done.returncode == 2 and not (tmp_path / "requeued").exists()
 
 
+def test_a_signal_before_the_run_has_begun_queues_it_again(tmp_path, job):
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"
+    done = subprocess.run(["bash", SCRIPT, "-c", code], env=job, capture_output=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert (tmp_path / "requeued").exists()
+
+
 def test_a_run_out_of_time_is_queued_again_and_goes_on_to_its_end(shards, tmp_path, job):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     more = {"data.train": shards[0], "run_dir": str(run_dir), "steps": "40", "log_every_steps": "1"}
