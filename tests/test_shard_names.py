@@ -198,7 +198,8 @@ def test_an_address_without_a_tars_name_is_refused_at_once(address, monkeypatch)
     monkeypatch.setattr(shard_names, "read_remote", None)
     with pytest.raises(InputError, match=r"names no tar; write .*/train-\{000\.\.146\}\.tar") as caught:
         shard_paths(address)
-    assert address in str(caught.value) and "\n" not in str(caught.value) and "//train" not in str(caught.value)
+    assert address.partition("?")[0] in str(caught.value) and "a=b" not in str(caught.value), "it may be a signature"
+    assert "\n" not in str(caught.value) and "//train" not in str(caught.value)
 
 
 def test_a_query_in_an_address_is_no_glob(monkeypatch):
