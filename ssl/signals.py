@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from .command import is_local_main
+from .errors import Stopped
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST_S = 1.0  # what follows so soon is the same request: a terminal and a launcher both pass on Ctrl-C
@@ -34,6 +35,8 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if isinstance(error, Stopped):  # the process ends, and its status is to say why whatever is sent meanwhile
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
