@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from .files import replace_file, replace_folder, write_tensors
+from .files import as_os_error, replace_file, replace_folder, write_tensors
 from .patches import pair
 from .runs import environment
 
@@ -75,7 +75,7 @@ def export_hub(
         try:
             save_for_hf(model, str(partial), model_config=config, model_args=args, safe_serialization=True)
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written ({error})") from error
+            raise as_os_error(error, path) from error
         (partial / "README.md").write_text(_model_card(title, spec, facts))
 
     replace_folder(path, fill)

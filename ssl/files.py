@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,12 +72,19 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
             leftover.unlink()
 
 
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Returns what the system said, which safetensors gives as a text that ends with "(os error NUMBER)"."""
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    return OSError(f"{path} cannot be written ({error})")
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file. Raises OSError, with the path, where safetensors has an error of its own kind."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"{path.parent} cannot be written ({error})") from error
+        raise as_os_error(error, path) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -90,7 +90,7 @@ class Saver:
                 if not last:
                     self.export(progress)
             except OSError as error:
-                refusal = f"{error.filename or self.run_dir} cannot be written ({error.strerror or error})"
+                refusal = f"{self.run_dir} cannot be written ({error.strerror or error})"
         refusal = from_main(refusal)
         again, self._refused = self._refused, refusal is not None
         if refusal is None:
