@@ -24,7 +24,9 @@ from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.processes import micro_batch_size, until_stopped
+from quarterlight.ssl.recompute import checkpoint_blocks, transformer_blocks
 from quarterlight.ssl.runs import write_result, write_run_files
+from quarterlight.ssl.sharding import Whole, block_names
 from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
@@ -46,6 +48,8 @@ class ClassifierTask(Task):
         self.classifier = classifier
         self.normalize = normalize
         self.mixed_loss = mixed_loss
+        kinds = {type(block) for block in transformer_blocks(classifier)}
+        self._no_split_modules = block_names(self, kinds)  # accelerate's name for what it shards one by one
 
     @property
     def network(self) -> nn.Module:
@@ -72,6 +76,9 @@ def finetune(config: FinetuneConfig) -> Figures:
     length = {"samples": len(order), "batch_size": config.batch_size}
     total_steps = steps_in("the run", config.steps, config.epochs, **length)
     schedule = build_schedule(config.optim, total_steps=total_steps, **length)
+    if config.grad_checkpointing:
+        checkpoint_blocks(task.classifier)
+    whole = Whole(task, accelerator)
     optimizer = build_adamw(layer_decay_groups(task.classifier, config.optim), config.optim)
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
@@ -79,7 +86,7 @@ def finetune(config: FinetuneConfig) -> Figures:
             (run_dir / BEST_FILE).unlink(missing_ok=True)
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
-    hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(order))
+    hooks = _hooks(config, opened, opened.val, whole, spec, micro, total_steps, len(order))
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         best = _best_so_far(run_dir)
@@ -107,14 +114,15 @@ def _hooks(
     config: FinetuneConfig,
     opened: Opened,
     val: ShardIndex,
-    task: ClassifierTask,
+    whole: Whole[ClassifierTask],
     spec: ModelSpec,
     micro: int,
     total_steps: int,
     train_images: int,
 ) -> Hooks:
     """Returns what fine-tuning adds to the loop: evaluation, keeping the best classifier, and the release."""
-    accelerator, run_dir, classifier = opened.accelerator, opened.run_dir, task.classifier
+    accelerator, run_dir = opened.accelerator, opened.run_dir
+    task, classifier = whole.module, whole.module.classifier
     crop = CenterCrop(pair(classifier.patch_embed.img_size), config.data.crop_pct)
     samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
     spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -139,7 +147,7 @@ def _hooks(
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps
-    return Hooks("finetune", measure, every, export, opened.fetching)
+    return Hooks("finetune", measure, every, export, whole, opened.fetching)
 
 
 def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> int:

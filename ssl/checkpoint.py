@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import InputError
 from .files import replace_folder, write_tensors
+from .sharding import whole
 
 MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "model.safetensors", "optimizer.safetensors", "progress.json"
 SEALS = ("sha256", "checksum")  # in progress.json: of the other files, and of its own text
@@ -51,11 +52,11 @@ def state_folders(run_dir: Path) -> list[Path]:
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """Returns whole tensors under the model's own names; where processes hold parts, all of them must call it."""
     moments = {
-        f"{name}:{moment}": _whole(value)
+        f"{name}:{moment}": whole(value)
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
-    return Tensors({name: _whole(x) for name, x in model.state_dict().items()}, moments)
+    return Tensors({name: whole(x) for name, x in model.state_dict().items()}, moments)
 
 
 def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, keep: int) -> Path:
@@ -147,10 +148,6 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         else:
             placed = value.to(parameter.device)
         optimizer.state[parameter][moment] = placed
-
-
-def _whole(value: Tensor) -> Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
 
 
 def _delete(folder: Path) -> None:

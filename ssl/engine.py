@@ -35,6 +35,7 @@ from .processes import Verdict, Verdicts, micro_batch_size
 from .randoms import step_seed
 from .runs import write_result
 from .saving import Saver
+from .sharding import Whole
 from .signals import StopSignals
 from .spans import Spans
 from .watch import AGAIN, Watch
@@ -67,6 +68,7 @@ class Hooks:
     ]  # all processes: figures after `step` steps. May raise Stopped
     evaluate_every_steps: int  # 0: at the end only
     export: Callable[[dict[str, Any]], None]  # main process, with the progress: writes the released weights
+    whole: Whole[Any]  # of the task: what `evaluate` and `export` use
     fetching: Fetching | None = None  # of remote shards; None: there are none
 
 
@@ -127,7 +129,9 @@ class _Loop:
         self.accelerator, self.hooks, self.run_dir = accelerator, hooks, run_dir
         self.rank, self.total_steps = accelerator.process_index, schedule.total_steps
         self.accum_steps = config.batch_size // accelerator.num_processes // micro
-        self.saver = Saver(run_dir, task, optimizer, accelerator, keep=config.keep_states, export=hooks.export)
+        self.saver = Saver(
+            run_dir, task, optimizer, accelerator, keep=config.keep_states, whole=hooks.whole, export=hooks.export
+        )
         self.progress = self._resumed()
         self.first_step = self.done = self.progress["step"]
         choose_attention(task, accelerator.device, config.precision)
@@ -167,8 +171,7 @@ class _Loop:
             self.done = step + 1
             self._end_step()
         self.progress["figures"] |= self._evaluate()  # also when a killed run had only this left to do
-        if self.accelerator.is_main_process:
-            self.hooks.export(self.progress)
+        self.saver.release(self.progress)
         self.log.close()
         return self.progress["figures"]
 
@@ -219,7 +222,8 @@ class _Loop:
             self._record(batch, step)
             last = i + 1 == self.accum_steps
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, metrics = self.model(batch.to(self.accelerator.device))
+                with self.accelerator.autocast():
+                    loss, metrics = self.model(batch.to(self.accelerator.device))
                 self.accelerator.backward(loss / self.accum_steps)
             self.meter.add(loss, metrics)
         norm = self._clip()
@@ -257,6 +261,7 @@ class _Loop:
 
     def _evaluate(self) -> Figures:
         with self.watch.during("evaluating"):
+            self.hooks.whole.follow(self.task)
             return self.hooks.evaluate(self.done, self.log, self.signals)
 
     def _save(self) -> None:

@@ -19,6 +19,7 @@ from .checkpoint import (
 )
 from .errors import InputError
 from .processes import any_process, from_main
+from .sharding import Whole
 
 
 class Saver:
@@ -35,10 +36,11 @@ class Saver:
         accelerator: Accelerator,
         *,
         keep: int,
+        whole: Whole[Any],
         export: Callable[[dict[str, Any]], None],
     ) -> None:
         self.run_dir, self.task, self.optimizer = run_dir, task, optimizer
-        self.accelerator, self.keep, self.export = accelerator, keep, export
+        self.accelerator, self.keep, self.whole, self.export = accelerator, keep, whole, export
         self.folder: Path | None = None  # of the newest state
         self.saved_step: int | None = None  # that of the newest state
         self._refused = False  # the last one
@@ -78,12 +80,19 @@ class Saver:
         if self.folder is not None:
             load_moments(self.folder, self.task, self.optimizer)
 
+    def release(self, progress: dict[str, Any]) -> None:
+        """Writes the released weights, at the end."""
+        self.whole.follow(self.task)
+        if self.accelerator.is_main_process:
+            self.export(progress)
+
     def save(self, progress: dict[str, Any], *, last: bool) -> str | None:
         """Saves a state and, except behind the last step, releases weights. Returns what went wrong, if anything.
 
         Raises InputError when it could not for the second time in a row, or for the last state of a run.
         """
         tensors, refusal = state_tensors(self.task, self.optimizer), None
+        self.whole.take(tensors.model)
         if self.accelerator.is_main_process:
             try:
                 self.folder = save_state(self.run_dir, tensors, progress, keep=self.keep)

@@ -70,6 +70,7 @@ ORDER = [
     "repair",
     "make_index",
     "optim",
+    "sharding",
     "checkpoint",
     "runs",
     "log",

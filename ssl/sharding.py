@@ -1,0 +1,80 @@
+"""Parameters in parts: FSDP2, as accelerate's own configuration asks for it (`distributed_type: FSDP`).
+
+Each process holds a part of every parameter, its gradient and its moments, and gathers a block when it is computed.
+What a single process does with a network, release, draw or evaluate it, it does with a whole copy.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
+    """Returns accelerate's settings of FSDP2, read from its environment; None: FSDP is not asked for.
+
+    The blocks that `Task.shards` names are gathered one by one, the rest at once.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+
+
+def apply_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Makes `accelerator.prepare` shard, on CPUs too, which accelerate refuses; autocast stays what it is without."""
+    if plugin is None or accelerator.num_processes == 1:
+        return
+    # Weights stay in float32, as without FSDP: autocast casts them where they are used.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    for shared in (PartialState._shared_state, accelerator.state._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Returns whether processes hold parts of the parameters."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+class Whole(Generic[Module]):
+    """A module as one process can use it alone: itself or, where it is sharded, a copy that follows it.
+
+    To be made before `accelerator.prepare` shards the module.
+    """
+
+    def __init__(self, module: Module, accelerator: Accelerator) -> None:
+        self._sharded = is_sharded(accelerator)
+        self._device = accelerator.device
+        self.module = copy.deepcopy(module) if self._sharded else module
+
+    def follow(self, module: Module) -> None:
+        """Gathers what `module` has become; all processes must call it."""
+        if self._sharded:
+            self.take({name: whole(x) for name, x in module.state_dict().items()})
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the whole tensors of the module."""
+        if self._sharded:
+            self.module.load_state_dict(tensors)
+            self.module.to(self._device)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Returns all of a tensor that processes hold parts of, on every one of them; others as they are."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+
+
+def block_names(module: nn.Module, classes: Iterable[type]) -> list[str]:
+    """Returns the names of those `classes` of which there is an instance in `module`, as accelerate wants them."""
+    present = {type(child) for child in module.modules()}
+    return sorted({kind.__name__ for kind in classes if kind in present})
