@@ -98,7 +98,9 @@ class SwinEncoder(Encoder):
         x = swin.patch_embed(images)  # [B, h, w, T]
         x = torch.where(hidden[:, :, :, None], mask_token.to(x.dtype), x)
         for stage in swin.layers:
-            x = stage.blocks(self._residual(stage.downsample(x), images))
+            x = self._residual(stage.downsample(x), images)
+            for block in stage.blocks:  # the second version's are no Sequential
+                x = block(x)
         return swin.norm(x).flatten(1, 2)
 
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:

@@ -25,10 +25,18 @@ VITS = {
     "no prefix": ("vit_base_patch16_siglip_224", SMALL),
     "registers": ("vit_small_patch14_reg4_dinov2", SMALL),
 }
-SWIN = (
-    "swin_tiny_patch4_window7_224",
-    {"img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 8, "depths": (1, 1, 1), "num_heads": (1, 2, 2)},
-)  # units of 8 x 8 pixels, 16 of them
+NARROW = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 1, 1),
+    "num_heads": (1, 2, 2),
+}
+SWINS = {  # units of 8 x 8 pixels, 16 of them
+    "swin": ("swin_tiny_patch4_window7_224", NARROW),
+    "swin v2": ("swinv2_tiny_window8_256", NARROW),
+}
 CONFIG = DecoderConfig(embed_dim=16, depth=3, num_heads=2)
 UNITS, VALUES = 24, 5
 
@@ -43,7 +51,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def encoder_of(variant: str) -> Encoder:
-    name, args = SWIN if variant == "swin" else VITS[variant]
+    name, args = (VITS | SWINS)[variant]
     return build_encoder(name, **args).double()
 
 
@@ -319,8 +327,8 @@ def test_combinations_that_make_no_sense_are_refused(variant, change, encode_mas
 COMBINATIONS = [
     *(("class token", name, False, False) for name in ("transformer", "cross")),
     *(("class token", name, False, True) for name in ("transformer", "linear")),
-    *(("swin", name, scales, False) for name in ("transformer", "cross") for scales in (False, True)),
-    *(("swin", name, False, True) for name in ("transformer", "linear")),
+    *((swin, name, scales, False) for swin in SWINS for name in ("transformer", "cross") for scales in (False, True)),
+    *((swin, name, False, True) for swin in SWINS for name in ("transformer", "linear")),
 ]
 
 

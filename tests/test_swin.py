@@ -466,12 +466,14 @@ def test_in_bf16_on_a_cpu_attention_runs_in_bf16_by_the_faster_kernel(name, monk
     assert all(types == {torch.bfloat16} for types in seen)
 
 
-def test_with_mask_tokens_the_residual_stream_stays_in_full_precision_too():
-    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=128, window_size=4, **NARROW)
+@pytest.mark.parametrize(("name", "watched"), [(SWIN, ""), (SWIN_V2, "mlp")])  # the second version norms branches
+def test_with_mask_tokens_the_residual_stream_stays_in_full_precision_too(name, watched):
+    encoder = build_encoder(name, img_size=128, window_size=4, **NARROW)
     types = []
     for stage in encoder.timm.layers:
         for block in stage.blocks:
-            block.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+            for module in {block, block.get_submodule(watched)}:
+                module.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         token = torch.zeros(encoder.mask_token_dim)
         encoder(torch.randn(2, 3, 128, 128), encoder.sample_masking(2), token)
