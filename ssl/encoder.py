@@ -40,6 +40,14 @@ class Encoder(nn.Module):
         return self.grid[0] * self.unit_size, self.grid[1] * self.unit_size
 
     @property
+    def sharded_blocks(self) -> set[type[nn.Module]]:
+        """Classes of blocks that are always called as modules, so that hooks on each can gather its parameters (FSDP).
+
+        None where the parts of a block are run one by one.
+        """
+        return set()
+
+    @property
     def no_weight_decay(self) -> set[str]:
         """Names below `timm` of parameters that are not decayed in pretraining, beside biases and norms."""
         return set()

@@ -52,6 +52,11 @@ class MaskedAutoencoder(nn.Module):
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
+    @property
+    def sharded_blocks(self) -> set[type[nn.Module]]:
+        """Classes of blocks, of encoder and decoder, that are always called as modules."""
+        return self.encoder.sharded_blocks | {type(block) for block in getattr(self.decoder, "blocks", ())}
+
     def forward(
         self, images: Float[Tensor, "B C H W"], masking: Masking, *, only_scored: bool = False
     ) -> Reconstruction:

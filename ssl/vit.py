@@ -73,6 +73,11 @@ class ViTEncoder(Encoder):
         return torch.cat([prefix, gather_units(patches, masking.ids_keep)], dim=1)
 
     @property
+    def sharded_blocks(self) -> set[type[nn.Module]]:
+        """timm's blocks."""
+        return {type(block) for block in self.timm.blocks}
+
+    @property
     def no_weight_decay(self) -> set[str]:
         """The positions, where they are trained. As in MAE the class token is decayed."""
         return {"pos_embed"}
