@@ -26,6 +26,7 @@ from .encoder import Encoder
 from .errors import InputError
 from .masking import Masking, MaskSampler, Packing
 from .packing import WindowLayout, WindowPacker, unit_order
+from .recompute import runner
 from .tiling import check_windows
 
 TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
@@ -118,7 +119,7 @@ class SwinEncoder(Encoder):
             for block, layout in zip(stage.blocks, self.layout_numbers[number], strict=True):
                 wanted = groups[layout]
                 x = _rearranged(x, now, wanted)
-                x, now = _run_block(block, x, wanted), wanted
+                x, now = runner(block, _run_block)(block, x, wanted), wanted
             x = _rearranged(x, now, None)
             found.append(x)
         return [*found[:-1], swin.norm(found[-1])]

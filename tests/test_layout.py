@@ -51,6 +51,7 @@ ORDER = [
     "ring",
     "loader",
     "attention",
+    "recompute",
     "encoder",
     "vit",
     "hybrid",
