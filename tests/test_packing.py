@@ -173,6 +173,19 @@ def test_chosen_shapes_hold_all_but_the_allowed_share_of_the_masks(largest, misf
         assert fewer > misfits or (groups - 1) * group_size < tokens
 
 
+@pytest.mark.parametrize("misfits", [0.0, 0.05])
+@pytest.mark.parametrize("largest", [4, 49])
+def test_the_chosen_shape_is_the_cheapest_of_all(largest, misfits):
+    random = np.random.default_rng(3)
+    sizes = random.integers(0, largest + 1, (40, 20)) * (random.random((40, 20)) < 0.4)
+    tokens, costs = sizes.sum(axis=1).max(), {}
+    for group_size in range(-(-sizes.max() // 8) * 8, max(3 * largest, sizes.max() + 8), 8):
+        needed = sorted(1 + max(group for group, _ in packed_by_loops(image.tolist(), group_size)) for image in sizes)
+        groups = max(-(-tokens // group_size), needed[-1 - int(misfits * 40)])
+        costs[groups, group_size] = groups * group_size * (1 + group_size / 400)
+    assert choose_shape(sizes, largest, misfits) == min(costs, key=lambda shape: costs[shape])
+
+
 def masks(grid: tuple[int, int], ratio: float, count: int, seed: int = 0) -> np.ndarray:
     return ~MaskSampler(grid, ratio).sample(seed, np.arange(count)).is_masked.numpy()
 
