@@ -4,7 +4,7 @@ A mask hides whole units (32 pixels for Swin), so most windows are partly empty.
 window is exact when tokens attend to tokens of their own window only; so the windows of one image are packed, the
 largest first, each into the first of a fixed number of groups that has room, and attention runs group by group under a
 mask of "same window". The number and size of the groups are chosen once, by trying a sample of masks: shapes never
-change from batch to batch, and a mask that does not fit (two to five in a hundred) is drawn again.
+change from batch to batch, and a mask that does not fit (up to five in a hundred) is drawn again.
 
 What is computed here is one number a window: the slot at which its tokens begin. The rest follows on the device.
 """
@@ -160,14 +160,23 @@ class WindowPacker:
     def for_masks(
         cls, layouts: tuple[WindowLayout, ...], visible: Bool[np.ndarray, "B N"], *, misfits: float
     ) -> "WindowPacker":
-        """Returns a packer whose shapes hold all but a share `misfits` of these masks, layout by layout."""
-        shapes: list[tuple[int, int] | None] = []
-        for layout in layouts:
-            area = layout.window[0] * layout.window[1]
-            tokens = int(visible[0].sum()) * layout.tokens_per_unit
-            few = tokens <= MANY_WINDOWS * area
-            shapes.append(None if few else choose_shape(_sizes(layout, visible), area, misfits))
-        return cls(layouts, tuple(shapes))
+        """Returns a packer whose shapes hold all but at most a share `misfits` of these masks.
+
+        Each layout that packs may miss its part of them: with as much for each, more would miss the more there are.
+        """
+        areas = [layout.window[0] * layout.window[1] for layout in layouts]
+        kept = int(visible[0].sum())
+        packed = [
+            kept * layout.tokens_per_unit > MANY_WINDOWS * area for layout, area in zip(layouts, areas, strict=True)
+        ]
+        each = misfits / max(1, sum(packed))
+        return cls(
+            layouts,
+            tuple(
+                choose_shape(_sizes(layout, visible), area, each) if many else None
+                for layout, area, many in zip(layouts, areas, packed, strict=True)
+            ),
+        )
 
     def pack(self, visible: Bool[np.ndarray, "B N"]) -> tuple[Int[np.ndarray, "B C"], Bool[np.ndarray, " B"]]:
         """Returns the starts of the windows of all packed layouts, and for which masks every layout has room."""

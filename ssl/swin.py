@@ -30,7 +30,7 @@ from .recompute import runner
 from .tiling import check_windows
 
 TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
-MISFITS = 0.02  # share of masks that may not fit one layout, of four to eight; they are drawn again
+MISFITS = 0.08  # share of masks that may not fit, divided among the layouts that pack; they are drawn again
 
 
 class Groups(NamedTuple):
@@ -162,7 +162,7 @@ class SwinEncoder(Encoder):
         return Packing(starts, packer.shapes, torch.zeros(len(visible), dtype=torch.long))
 
     def _packed(self, plain: MaskSampler) -> MaskSampler:
-        """Adds packings in shapes that hold 95 or more of 100 masks; the others are redrawn."""
+        """Adds packings in shapes that hold some 95 or more of 100 masks; the others are redrawn."""
         if plain not in self.samplers:
             trials = min(1000, max(300, TRIAL_UNITS // plain.num_units))
             trials = trials if plain.num_keep < plain.num_units else 1  # with nothing hidden there is one mask

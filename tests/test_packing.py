@@ -198,6 +198,16 @@ def test_nothing_is_padded_for_windows_of_eight_in_256_pixels_at_three_quarters(
     assert packer.shapes == ((16, 64), (16, 64), (4, 64), (4, 64), None, None, None)
 
 
+def test_layouts_share_the_masks_that_may_miss():
+    visible, one = masks((7, 7), 0.5, 300), WindowLayout((7, 7), 3, (7, 7), (3, 3))
+    others = tuple(WindowLayout((7, 7), 3, (7, 7), (shift, 0)) for shift in (1, 2, 4, 5))
+    for layouts in ((one,), (one, *others)):
+        packer = WindowPacker.for_masks(layouts, visible, misfits=0.2)
+        assert 1 - packer.pack(visible)[1].mean() <= 0.2 + 1e-12
+        alone = choose_shape(np.rint(visible @ one.counts).astype(int), 49, 0.2 / len(layouts))
+        assert packer.shapes[0] == alone
+
+
 def test_a_packer_says_which_masks_fit_every_layout_and_where_windows_start():
     layouts = tuple(WindowLayout((7, 7), levels, (7, 7), shift) for levels in (3, 2, 1) for shift in ((0, 0), (3, 3)))
     packer = WindowPacker.for_masks(layouts, masks((7, 7), 0.75, 300), misfits=0.1)

@@ -480,10 +480,14 @@ def test_with_mask_tokens_the_residual_stream_stays_in_full_precision_too(name, 
     assert types and set(types) == {torch.float32}
 
 
-@pytest.mark.parametrize(("size", "ratio"), [(224, 0.75), (224, 0.5), (448, 0.75)])
-def test_few_masks_are_drawn_again(size, ratio):
+@pytest.mark.parametrize(
+    ("size", "ratio", "strategy"),
+    [(224, 0.75, "random"), (224, 0.5, "random"), (448, 0.75, "random"), (448, 0.6, "block")]
+    + [(672, 0.5, "random"), (672, 0.75, "block")],
+)
+def test_few_masks_are_drawn_again(size, ratio, strategy):
     encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=size, **NARROW)
-    masking = encoder.mask_sampler(ratio).sample(1, np.arange(2000))
+    masking = encoder.mask_sampler(ratio, strategy=strategy).sample(1, np.arange(2000))
     assert (masking.packing.redraws > 0).float().mean() < 0.06
 
 
