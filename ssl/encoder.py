@@ -66,6 +66,17 @@ class Encoder(nn.Module):
         """
         raise TypeError("an encoder wraps a model: use build_encoder")
 
+    def _check_size(self, images: Float[Tensor, "B C H W"], masking: Masking | None) -> None:
+        """Raises InputError unless images have the encoder's size, or none of them is masked and any size will do."""
+        if masking is None and not self.timm.patch_embed.strict_img_size:
+            return
+        if tuple(images.shape[2:]) != self.img_size:
+            (height, width), (high, wide) = images.shape[2:], self.img_size
+            raise InputError(
+                f"images of {height} x {width} pixels given to an encoder for {high} x {wide}: crop or resize them, or "
+                f"build it with img_size=({height}, {width})"
+            )
+
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last as `forward`."""
         return [self(images, masking)]

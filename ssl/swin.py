@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from .attention import attend, relative_bias
 from .encoder import Encoder
-from .errors import InputError
 from .masking import Masking, MaskSampler, Packing
 from .packing import WindowLayout, WindowPacker, unit_order
 from .recompute import runner
@@ -90,6 +89,7 @@ class SwinEncoder(Encoder):
     ) -> Float[Tensor, "B K D"]:
         """Returns the tokens of all units in grid order, or of the kept ones in the order of `ids_keep`; normalized."""
         swin = self.timm
+        self._check_size(images, masking)
         if masking is None:
             return swin.forward_features(images).flatten(1, 2)
         if mask_token is None:
@@ -107,6 +107,7 @@ class SwinEncoder(Encoder):
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last normalized."""
         swin = self.timm
+        self._check_size(images, masking)
         groups = self._arrange(masking)
         x, found = self._embed(images, masking.ids_keep), []
         for number, stage in enumerate(swin.layers):
@@ -133,8 +134,6 @@ class SwinEncoder(Encoder):
         """Returns the patch embeddings of the kept units, which are embedded as small images."""
         patch_embed = self.timm.patch_embed
         (b, c), u, (h, w) = images.shape[:2], self.unit_size, self.grid
-        if tuple(images.shape[2:]) != self.img_size:
-            raise InputError(f"images of {tuple(images.shape[2:])} pixels given to an encoder for {self.img_size}")
         units = images.reshape(b, c, h, u, w, u).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, u, u]
         image = torch.arange(b, device=images.device)[:, None]
         kept = units[image, ids_keep // w, ids_keep % w].flatten(0, 1)  # [B*K, C, u, u]

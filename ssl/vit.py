@@ -53,6 +53,7 @@ class ViTEncoder(Encoder):
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         vit = self.timm
+        self._check_size(images, masking)
         x = vit.patch_embed(images)  # [B, N, D], or [B, h, w, D] where the image size is dynamic
         if mask_token is not None:
             assert masking is not None

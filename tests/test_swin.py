@@ -498,12 +498,6 @@ def test_where_all_tokens_are_encoded_masks_are_the_plain_ones():
     assert masking.packing is None and torch.equal(masking.ids_keep, plain.ids_keep)
 
 
-def test_images_of_another_size_are_refused_by_name():
-    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=128, window_size=4, **NARROW)
-    with pytest.raises(InputError, match=r"\(64, 64\) pixels given to an encoder for \(128, 128\)"):
-        encoder(torch.randn(2, 3, 64, 64), encoder.sample_masking(2))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
