@@ -34,6 +34,8 @@ class ViTEncoder(Encoder):
         self.embed_dim = self.mask_token_dim = vit.embed_dim
         self.num_prefix_tokens = vit.num_prefix_tokens
         self.stage_dims = [(vit.embed_dim, 1)]
+        if not isinstance(vit.patch_drop, nn.Identity | None):
+            raise InputError("patch_drop_rate drops patches at random, as masks do: leave it out and set mask.ratio")
         for unused in (vit.fc_norm, vit.attn_pool, vit.head):  # tokens do not pass them; DDP waits for every gradient
             if unused is not None:
                 unused.requires_grad_(False)
