@@ -1,7 +1,8 @@
 """timm's Swins as encoders: equal to timm with nothing masked, else to timm with hidden tokens forbidden as keys.
 
-The slow reference is timm's own forward pass over all tokens. Widths and depths are small, except those of swin_base,
-which has its own width and heads but 4 blocks instead of 18 in its third stage; images and windows are the real ones.
+The slow reference is timm's own forward pass over all tokens. Images and windows are the real ones; widths and depths
+are small (swin_base has its own width and heads but 4 blocks instead of 18 in its third stage), and one test runs
+models as they are.
 """
 
 import copy
@@ -122,6 +123,28 @@ def test_masked_it_is_timm_with_the_hidden_tokens_forbidden_as_keys(variant):
     images, masking = random_images(encoder), encoder.sample_masking(2, 0.75)
     assert masking.packing is not None
     assert_equals_reference(encoder, images, masking, masking._replace(packing=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        (SWIN, {}),
+        (SWIN, {"img_size": 384, "window_size": 12}),
+        ("swin_base_patch4_window7_224", {}),
+        ("swin_s3_tiny_224", {}),
+        (SWIN_V2, {}),
+    ],
+)
+def test_models_in_their_own_widths_and_depths_are_timms(name, args):
+    encoder = shaken(name, args)
+    images, masking = random_images(encoder, 1), encoder.sample_masking(1, 0.75)
+    everything = encoder.sample_masking(1, 0.0)
+    with torch.no_grad():
+        wanted = of_kept(encoder.timm.forward_features(images).flatten(1, 2), everything)
+        torch.testing.assert_close(encoder(images, everything), wanted, atol=1e-10, rtol=0)
+        reference = forbidding_hidden_keys(encoder.timm, masking, encoder.grid)
+        wanted = of_kept(reference.forward_features(images).flatten(1, 2), masking)
+        torch.testing.assert_close(encoder(images, masking), wanted, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("variant", ["swin_tiny w7/224", "swin_s3_tiny", "64 x 128, w4", "64 x 128, w8x4, v2"])
