@@ -40,6 +40,7 @@ class Decoder(nn.Module):
             )
         dim, prefix = config.embed_dim, encoder.num_prefix_tokens
         self.num_prefix_tokens = prefix
+        self.multi_scale = config.multi_scale
         self.embed = MultiScaleEmbed(encoder, dim) if config.multi_scale else nn.Linear(encoder.embed_dim, dim)
         self.mask_token = None if encode_masked else nn.Parameter(torch.zeros(1, 1, dim))
         pos_embed = sincos_pos_embed(dim, encoder.grid, num_prefix_tokens=prefix)
@@ -187,6 +188,7 @@ class LinearDecoder(nn.Module):
         if not encode_masked:
             raise InputError("decoder.name linear predicts from tokens of hidden units: set encode_masked true")
         self.num_prefix_tokens = encoder.num_prefix_tokens
+        self.multi_scale = False
         self.pred = nn.Linear(encoder.embed_dim, num_values)
         init_linear(self)
 

@@ -60,7 +60,8 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then the tokens of the units.
 
-        Without `masking` all units, in grid order: timm's `forward_features`. With it the kept ones in the order of
+        Without `masking` all units, in grid order: timm's `forward_features`; nothing is hidden then, and `mask_token`
+        has no place to stand in. With it the kept ones in the order of
         `ids_keep`, computed from visible pixels only. With `mask_token` as well, all units in grid order, hidden
         patches replaced by that token behind the patch embedding (SimMIM, Xie et al. 2022).
         """
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
 
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last as `forward`."""
-        return [self(images, masking)]
+        raise TypeError(f"a {type(self.timm).__name__} has no stages")
 
     def mask_sampler(
         self,

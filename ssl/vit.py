@@ -57,8 +57,7 @@ class ViTEncoder(Encoder):
         vit = self.timm
         self._check_size(images, masking)
         x = vit.patch_embed(images)  # [B, N, D], or [B, h, w, D] where the image size is dynamic
-        if mask_token is not None:
-            assert masking is not None
+        if masking is not None and mask_token is not None:
             hidden = masking.is_masked.view(-1, *x.shape[1:-1], 1)
             x = torch.where(hidden, mask_token.to(x.dtype), x)
         return self._encode(x, masking if mask_token is None else None)

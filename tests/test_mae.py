@@ -147,6 +147,7 @@ def test_training_lowers_the_loss(norm_pix):
 
 def test_num_keep_rounds_as_mae_does():
     assert [num_keep(196, 0.75), num_keep(196, 0.6), num_keep(196, 0.9), num_keep(49, 0.75)] == [49, 78, 19, 12]
+    assert num_keep(20, 0.9) == int(20 * (1 - 0.9)) == 1  # not 2
 
 
 SIZED = {
@@ -170,8 +171,20 @@ def test_images_of_another_size_are_refused_with_the_two_sizes(variant, encode_m
             model(torch.randn(2, 3, *other), masking)
         with pytest.raises(InputError, match=said):
             model.encoder(torch.randn(2, 3, *other))
-    with pytest.raises(InputError, match="pixels given to an encoder"):
-        model.encoder.stages(torch.randn(2, 3, side, 2 * side), masking)
+
+
+@pytest.mark.parametrize("variant", SIZED)
+def test_without_masks_a_mask_token_stands_nowhere(variant):
+    name, args, side = SIZED[variant]
+    model = build_autoencoder(name, img_size=side, encode_masked=True, **args).eval()
+    images = torch.randn(2, 3, side, side)
+    assert torch.equal(model.encoder(images, None, model.mask_token), model.encoder(images))
+
+
+def test_only_encoders_with_stages_have_them():
+    encoder = build_autoencoder("vit_tiny_patch16_224", img_size=32, depth=1).encoder
+    with pytest.raises(TypeError, match="VisionTransformer has no stages"):
+        encoder.stages(torch.randn(2, 3, 32, 32), encoder.sample_masking(2))
 
 
 def test_whole_images_of_another_size_are_timms_affair_where_it_takes_any():
