@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from bench_image_size import WARMUP, interleaved, measured_on
+from timing import WARMUP, interleaved, measured_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
 

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 from .attention import attend, relative_bias
 from .encoder import Encoder
-from .errors import InputError
 from .masking import Masking, MaskSampler, Packing
 from .packing import WindowLayout, WindowPacker, unit_order
+from .recompute import runner
 from .tiling import check_windows
 
 TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
-MISFITS = 0.02  # share of masks that may not fit one layout, of four to eight; they are drawn again
+MISFITS = 0.08  # share of masks that may not fit, divided among the layouts that pack; they are drawn again
 
 
 class Groups(NamedTuple):
@@ -89,6 +89,7 @@ class SwinEncoder(Encoder):
     ) -> Float[Tensor, "B K D"]:
         """Returns the tokens of all units in grid order, or of the kept ones in the order of `ids_keep`; normalized."""
         swin = self.timm
+        self._check_size(images, masking)
         if masking is None:
             return swin.forward_features(images).flatten(1, 2)
         if mask_token is None:
@@ -98,12 +99,15 @@ class SwinEncoder(Encoder):
         x = swin.patch_embed(images)  # [B, h, w, T]
         x = torch.where(hidden[:, :, :, None], mask_token.to(x.dtype), x)
         for stage in swin.layers:
-            x = stage.blocks(self._residual(stage.downsample(x), images))
+            x = self._residual(stage.downsample(x), images)
+            for block in stage.blocks:  # the second version's are no Sequential
+                x = block(x)
         return swin.norm(x).flatten(1, 2)
 
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last normalized."""
         swin = self.timm
+        self._check_size(images, masking)
         groups = self._arrange(masking)
         x, found = self._embed(images, masking.ids_keep), []
         for number, stage in enumerate(swin.layers):
@@ -116,7 +120,7 @@ class SwinEncoder(Encoder):
             for block, layout in zip(stage.blocks, self.layout_numbers[number], strict=True):
                 wanted = groups[layout]
                 x = _rearranged(x, now, wanted)
-                x, now = _run_block(block, x, wanted), wanted
+                x, now = runner(block, _run_block)(block, x, wanted), wanted
             x = _rearranged(x, now, None)
             found.append(x)
         return [*found[:-1], swin.norm(found[-1])]
@@ -130,8 +134,6 @@ class SwinEncoder(Encoder):
         """Returns the patch embeddings of the kept units, which are embedded as small images."""
         patch_embed = self.timm.patch_embed
         (b, c), u, (h, w) = images.shape[:2], self.unit_size, self.grid
-        if tuple(images.shape[2:]) != self.img_size:
-            raise InputError(f"images of {tuple(images.shape[2:])} pixels given to an encoder for {self.img_size}")
         units = images.reshape(b, c, h, u, w, u).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, u, u]
         image = torch.arange(b, device=images.device)[:, None]
         kept = units[image, ids_keep // w, ids_keep % w].flatten(0, 1)  # [B*K, C, u, u]
@@ -159,7 +161,7 @@ class SwinEncoder(Encoder):
         return Packing(starts, packer.shapes, torch.zeros(len(visible), dtype=torch.long))
 
     def _packed(self, plain: MaskSampler) -> MaskSampler:
-        """Adds packings in shapes that hold 95 or more of 100 masks; the others are redrawn."""
+        """Adds packings in shapes that hold some 95 or more of 100 masks; the others are redrawn."""
         if plain not in self.samplers:
             trials = min(1000, max(300, TRIAL_UNITS // plain.num_units))
             trials = trials if plain.num_keep < plain.num_units else 1  # with nothing hidden there is one mask

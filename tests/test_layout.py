@@ -52,6 +52,7 @@ ORDER = [
     "signals",
     "loader",
     "attention",
+    "recompute",
     "encoder",
     "vit",
     "hybrid",
