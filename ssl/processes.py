@@ -25,7 +25,7 @@ from .signals import StopSignals
 
 
 def build_accelerator(precision: str) -> Accelerator:
-    """Returns accelerate's view of this process: device, autocast, DDP or FSDP2. On a GPU by CUDA or ROCm, else on the CPU.
+    """Returns accelerate's view of this process: device, autocast, DDP or FSDP2; on a GPU if there is one.
 
     Raises InputError for fp16 without a GPU.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_PRETRAIN, command
-from test_stopping import ENVIRONMENT, assert_same_weights, logged, seen
+from test_stopping import ENVIRONMENT, UNTIL, assert_same_weights, logged, seen
 
 NAN_AT = """
 import os, runpy, sys
@@ -184,20 +184,6 @@ def test_a_run_moves_between_numbers_of_processes_in_mid_epoch(shards, tmp_path)
     assert [x["step"] for x in ours] == list(range(1, 25))
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-3) for a, b in zip(ours, wanted, strict=True))
     assert [a["lr"] for a in ours] == [b["lr"] for b in wanted]
-
-
-# Sends the process the signal itself, so that it stops behind a known step.
-UNTIL = """
-import os, runpy, signal
-from quarterlight.ssl import engine
-original = engine._Loop._step
-def step(self, number):
-    if number + 1 == {stop_at} and number + 1 < self.total_steps and self.rank == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
-    original(self, number)
-engine._Loop._step = step
-runpy.run_path({script!r}, run_name="__main__")
-"""
 
 
 @pytest.mark.parametrize(("processes", "said"), [(3, "batch_size 8 is not a multiple of the 3 processes: use 6 or 9")])

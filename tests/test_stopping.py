@@ -18,6 +18,20 @@ LONG = TINY_PRETRAIN | {"steps": "150", "log_every_steps": "1", "save_every_step
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
+# Sends the process the signal itself, so that it stops behind a known step.
+UNTIL = """
+import os, runpy, signal
+from quarterlight.ssl import engine
+original = engine._Loop._step
+def step(self, number):
+    if number + 1 == {stop_at} and number + 1 < self.total_steps and self.rank == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    original(self, number)
+engine._Loop._step = step
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 def start(script: str, options: dict[str, str], **more) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command(script, options, **more), env=ENVIRONMENT, start_new_session=True, **pipes)
