@@ -179,8 +179,13 @@ class Stock:
     def _download(self, shard: int) -> None:
         failure = None
         try:
-            size = self.cache.sizes[shard]
-            fetch(self.cache.urls[shard], self.cache.path(shard), size=size, patience=self.job.patience)
+            fetch(
+                self.cache.urls[shard],
+                self.cache.path(shard),
+                size=self.cache.sizes[shard],
+                content=self.cache.contents and self.cache.contents[shard],
+                patience=self.job.patience,
+            )
         except InputError as error:
             failure = str(error)
         with self.changed:

@@ -113,8 +113,15 @@ def test_a_shard_has_one_place_in_every_run(tmp_path):
     again = pickle.loads(pickle.dumps(ShardCache(tmp_path, ["s3://b/y/a.tar"], [2])))
     assert first.path(1) == again.path(0)
     assert first.path(0) != first.path(1)
-    assert first.path(0).name == "a.tar"
+    assert first.path(0).name.endswith("-a.tar")
     assert first.desk != again.desk
+
+
+def test_another_state_of_a_shard_has_another_place(tmp_path):
+    url = ["s3://b/x/a.tar"]
+    caches = [ShardCache(tmp_path, url, [1]), ShardCache(tmp_path, url, [2])]
+    caches += [ShardCache(tmp_path, url, [1], ["one"]), ShardCache(tmp_path, url, [1], ["other"])]
+    assert len({cache.path(0) for cache in caches}) == len({cache.desk for cache in caches}) == 4
 
 
 def test_names_that_differ_in_odd_characters_or_the_query_stay_apart(tmp_path):
@@ -283,7 +290,19 @@ def test_leftovers_and_files_of_a_wrong_size_go(web, cache):
     with fetcher(cache, [(0, 0)]):
         until(lambda: complete(cache) == {0} and not cache.path(1).exists())
         assert read(cache, 5) == body(5)
-    assert all_files(cache) == ["fetcher.lock", "names", "train-000.tar", "train-005.tar"]
+    assert all_files(cache) == sorted(["fetcher.lock", "names", cache.path(0).name, cache.path(5).name])
+
+
+def test_the_shards_of_a_living_run_with_an_older_index_stay(web, tmp_path):
+    older = shard_cache(web, tmp_path)
+    with fetcher(older, enumerate(range(8))):
+        until(lambda: complete(older) == set(range(8)))
+        web.files |= {path: data + b"more" for path, data in web.files.items()}
+        newer = ShardCache(tmp_path, older.urls, [SIZE + 4] * 8)
+        with fetcher(newer, enumerate(range(8))):
+            until(lambda: all(size(newer.path(i)) == SIZE + 4 for i in range(8)))
+            assert read(older, 3) == body(3) and read(newer, 3) == body(3) + b"more"
+            assert complete(older) == set(range(8))
 
 
 def test_shards_of_ended_runs_make_room_and_those_of_living_ones_stay(web, tmp_path):
