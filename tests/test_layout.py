@@ -26,6 +26,7 @@ ORDER = [
     "strategies",
     "masking",
     "pos_embed",
+    "epochs",
     "order",
     "tar_scan",
     "entries",

@@ -144,6 +144,7 @@ def test_a_shard_named_twice_is_refused(tmp_path):
 
 def test_look_ahead_knows_the_next_use_of_each_shard():
     ahead = LookAhead([(0, 3), (0, 1), (10, 3), (20, 2), (30, 1)], [1] * 5, 100)
+    assert ahead.extend()
     assert list(ahead.next_uses()) == [3, 1, 2]
     ahead.position = 9
     assert list(ahead.next_uses()) == [3, 1, 2]  # the shards of position 0 are in use until position 10
@@ -160,9 +161,12 @@ def test_look_ahead_starts_anywhere_in_a_plan_without_end_and_stays_bounded(monk
     monkeypatch.setattr("quarterlight.ssl.look_ahead.LONGEST", 5000)
     ahead = LookAhead(InTurns(1000), [1] * 1000, limit_bytes=10)
     ahead.position = 43_219
+    while not ahead.extend():
+        pass
     assert next(iter(ahead.next_uses())) == 4_321 % 1000
     assert len(ahead.next_uses()) == 41
     few = LookAhead(InTurns(3), [1] * 1000, limit_bytes=10)  # shards that this run never uses do not keep it looking
+    assert not few.extend() and not few.extend() and few.extend()
     assert list(few.next_uses()) == [0, 1, 2]
 
 
@@ -217,6 +221,32 @@ def test_a_request_overtakes(web, cache):
         assert read(cache, 6) == body(6)  # while shard 0, in whose place nothing else is fetched ahead, stands still
         assert fetched(web) == [0, 6]
         assert not cache.wanted(6).exists()
+
+
+class Long:
+    """A plan that does not come to where the run is until the file `answered` is there."""
+
+    def __init__(self, answered: Path) -> None:
+        self.answered = answered
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = 0
+        while not self.answered.exists():
+            yield position, 0
+            position += 1
+        yield FAR, 1
+
+
+FAR = 10**9
+
+
+def test_a_request_does_not_wait_for_the_plan(web, cache, tmp_path):
+    with fetcher(cache, Long(tmp_path / "answered")) as running:
+        running.advance(FAR)
+        assert read(cache, 3) == body(3)
+        assert complete(cache) == {3}
+        (tmp_path / "answered").touch()
+        until(lambda: complete(cache) == {1, 3})
 
 
 def test_a_request_takes_the_room_of_what_is_needed_last(web, cache):
