@@ -1,5 +1,6 @@
 """The samples of one shard: which files of the tar belong together, and the label of each."""
 
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,13 @@ class ShardEntries:
     label: Int[np.ndarray, " n"]  # class number, or UNLABELLED
     keys: list[str]
     defects: list[Defect]
+
+    def digest(self) -> str:
+        """Returns a hash of which samples lie where, with which labels: what reading the shard relies on."""
+        found = hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape"))
+        for column in (self.offset, self.size, self.label):
+            found.update(column.astype("<i8").tobytes())
+        return found.hexdigest()[:16]
 
 
 Sample = dict[str, Member]  # the files of a sample by extension

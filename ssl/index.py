@@ -180,7 +180,8 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
         raise InputError(f"{paths[0]}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside")
     cache = None
     if cache_dir is not None and any(map(is_remote, paths)):
-        cache = ShardCache(cache_dir, paths, [stamps[path][0] for path in paths])
+        contents = [entries[path].digest() if is_remote(path) else "" for path in paths]
+        cache = ShardCache(cache_dir, paths, [stamps[path][0] for path in paths], contents)
     source_numbers = np.array(list(source_of.values()), np.int64)
     known = [entries[path] for path in paths]
     return ShardIndex(paths, known, stamps=[stamps[path] for path in paths], sources=source_numbers, cache=cache)

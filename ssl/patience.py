@@ -50,7 +50,7 @@ class Stalled(OSError):
     """No byte came for a while."""
 
 
-class WrongSize(OSError):
+class Changed(OSError):
     """What came is complete, but not what the index says."""
 
     is_final = False
@@ -103,7 +103,7 @@ def _kind(error: Exception) -> type[InputError]:
 def _explain(error: Exception) -> tuple[str, bool]:
     """Returns the reason with the way out, and whether to try again would be in vain."""
     status, text = _status(error), " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, WrongSize):
+    if isinstance(error, Changed):
         return text, error.is_final
     if isinstance(error, ImportError):
         return f"a package is missing ({text}); pip install 'quarterlight[remote]'", True

@@ -1,11 +1,14 @@
 """Training from shards on a web server: the same samples as from local files, whatever the server does meanwhile."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -351,6 +354,63 @@ def test_only_what_the_index_does_not_list_is_fetched_for_it(web, tmp_path):
     index = open_index(f"{web.url}/train/train-{{0000..0002}}.tar", cache_dir=tmp_path / "cache")
     assert len(index) == 3 * IN_SHARD
     assert list(fetches(web)) == ["/train/train-0002.tar"]
+
+
+def seen(web: loopback.WebServer, cache_dir: Path) -> list[tuple[int, str]]:
+    """Label and picture of the samples of one shard as they come through the cache."""
+    index = open_index(f"{web.url}/one/train-0000.tar", cache_dir=cache_dir)
+    fetching = Fetching(10**9, enabled=True)
+    fetching.follow(index, [(0, 0)])
+    try:
+        return [(int(index.label[i]), hashlib.sha256(index.read(i)).hexdigest()) for i in range(len(index))]
+    finally:
+        fetching.close()
+
+
+def rewritten_at(web: loopback.WebServer, folder: Path, *, backwards: bool) -> list[tuple[int, str]]:
+    """Puts a shard on the server, or the same with its images backwards; returns label and picture of its samples.
+
+    Both are of the same size: a tar is filled up to a multiple of 10,240 bytes.
+    """
+    folder.mkdir()
+    file = folder / "train-0000.tar"
+    images = [bytes([value]) * 700 for value in range(4)][:: -1 if backwards else 1]
+    with tarfile.open(file, "w") as tar:
+        for i, data in enumerate(images):
+            for name, content in ((f"{i}.jpg", data), (f"{i}.cls", str(data[0]).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    open_index(str(file))
+    web.files |= {f"/one/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    return [(data[0], hashlib.sha256(data).hexdigest()) for data in images]
+
+
+def test_a_shard_written_anew_with_the_same_size_is_fetched_anew(web, tmp_path):
+    before = rewritten_at(web, tmp_path / "before", backwards=False)
+    assert seen(web, tmp_path / "cache") == before
+    size = len(web.files["/one/train-0000.tar"])
+    after = rewritten_at(web, tmp_path / "after", backwards=True)
+    assert size == len(web.files["/one/train-0000.tar"])
+    assert seen(web, tmp_path / "cache") == after
+
+
+@pytest.mark.parametrize("where", ["beside the shards", "in the cache"])
+def test_a_shard_written_anew_is_not_read_by_its_old_index(web, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("quarterlight.ssl.fetching.Fetcher", partial(Fetcher, patience=QUICK))
+    before = rewritten_at(web, tmp_path / "before", backwards=False)
+    index = web.files["/one/index.npz"]
+    if where == "in the cache":
+        del web.files["/one/index.npz"]
+        assert seen(web, tmp_path / "cache") == before
+        for path in (tmp_path / "cache").glob("shards-*/*.tar"):
+            path.unlink()
+    rewritten_at(web, tmp_path / "after", backwards=True)
+    web.files["/one/index.npz"] = index
+    if where == "in the cache":
+        del web.files["/one/index.npz"]
+    with pytest.raises(InputError, match=r"train-0000.tar cannot be fetched.*other samples came than the index lists"):
+        seen(web, tmp_path / "cache")
 
 
 # A run that is stopped
