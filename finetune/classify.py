@@ -16,7 +16,14 @@ from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
 from quarterlight.ssl.engine import Figures, Hooks, Task, train
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_hub, export_weights, run_facts
+from quarterlight.ssl.export import (
+    CLASSIFIER_EMA_FILE,
+    CLASSIFIER_FILE,
+    ModelSpec,
+    export_hub,
+    export_weights,
+    run_facts,
+)
 from quarterlight.ssl.index import ShardIndex, class_names
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.log import RunLog
@@ -78,7 +85,7 @@ def finetune(config: FinetuneConfig) -> Figures:
     schedule = build_schedule(config.optim, total_steps=total_steps, **length)
     if config.grad_checkpointing:
         checkpoint_blocks(task.classifier)
-    whole = Whole(task, accelerator)
+    whole = Whole(task, accelerator, config.ema_decay)
     optimizer = build_adamw(layer_decay_groups(task.classifier, config.optim), config.optim)
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
@@ -133,6 +140,10 @@ def _hooks(
         batches = until_stopped(loader, signals, accelerator)
         found = evaluate(nn.Sequential(task.normalize, classifier), batches, accelerator)
         figures = {f"val_{name}": value for name, value in found.items()}
+        if whole.average is not None:
+            batches = until_stopped(loader, signals, accelerator)
+            found_ema = evaluate(nn.Sequential(task.normalize, whole.average.classifier), batches, accelerator)
+            figures |= {f"val_ema_{name}": found_ema[name] for name in ("top1", "top5", "loss")}
         log.metrics(step, figures)
         if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
             facts = run_facts("fine-tuning", {"step": step, "samples_seen": step * config.batch_size}, config.seed)
@@ -142,6 +153,9 @@ def _hooks(
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("fine-tuning", progress, config.seed) | progress["figures"]
         export_weights(run_dir / CLASSIFIER_FILE, classifier, spec, facts)
+        if whole.average is not None:
+            average_facts = facts | {"ema_decay": config.ema_decay}
+            export_weights(run_dir / CLASSIFIER_EMA_FILE, whole.average.classifier, spec, average_facts)
         if progress["step"] == total_steps:
             export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=labels)
 

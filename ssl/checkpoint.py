@@ -3,6 +3,7 @@
 runs/NAME/state/step-00001200/
     model.safetensors        every parameter and buffer of the task
     optimizer.safetensors    PARAMETER:moment for every parameter
+    ema.safetensors          the moving average of the first, where the run keeps one
     progress.json            step, samples seen, fingerprint of the data, ..., and a checksum of every file, itself too
 
 A state is written beside and renamed, so a folder of this name is complete unless the disk has damaged it since. Its
@@ -28,7 +29,8 @@ from .errors import InputError
 from .files import replace_folder, write_tensors
 from .sharding import whole
 
-MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "model.safetensors", "optimizer.safetensors", "progress.json"
+MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+PROGRESS_FILE = "progress.json"
 SEALS = ("sha256", "checksum")  # in progress.json: of the other files, and of its own text
 SET_ASIDE = "damaged-"  # in front of the name of a state that cannot be continued from
 
@@ -42,6 +44,7 @@ class Tensors(NamedTuple):
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
 
 
 def state_folders(run_dir: Path) -> list[Path]:
@@ -49,14 +52,14 @@ def state_folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "state").glob("step-*") if path.is_dir())
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> Tensors:
     """Returns whole tensors under the model's own names; where processes hold parts, all of them must call it."""
     moments = {
         f"{name}:{moment}": whole(value)
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
-    return Tensors({name: whole(x) for name, x in model.state_dict().items()}, moments)
+    return Tensors(_tensors(model), moments, None if ema is None else _tensors(ema))
 
 
 def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, keep: int) -> Path:
@@ -66,6 +69,8 @@ def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, kee
     def fill(partial: Path) -> None:
         write_tensors(partial / MODEL_FILE, tensors.model)
         write_tensors(partial / OPTIMIZER_FILE, tensors.optimizer)
+        if tensors.ema is not None:
+            write_tensors(partial / EMA_FILE, tensors.ema)
         (partial / PROGRESS_FILE).write_text(_sealed(progress | {"sha256": _checksums(partial)}))
 
     replace_folder(folder, fill)
@@ -124,10 +129,10 @@ def load_progress(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in progress.items() if key not in SEALS}
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
+def load_model(folder: Path, model: nn.Module, name: str = MODEL_FILE) -> None:
     """Loads the parameters and buffers of a state. Raises InputError when they are of another model."""
     try:
-        model.load_state_dict(load_file(folder / MODEL_FILE))
+        model.load_state_dict(load_file(folder / name))
     except (SafetensorError, RuntimeError, OSError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: this state cannot be loaded ({first_line}): give another run_dir") from error
@@ -150,6 +155,10 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         optimizer.state[parameter][moment] = placed
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(x) for name, x in module.state_dict().items()}
+
+
 def _delete(folder: Path) -> None:
     """Deletes a state; a kill in the middle leaves nothing of the name of one."""
     old = folder.with_name(f".{folder.name}.old")
@@ -160,7 +169,7 @@ def _delete(folder: Path) -> None:
 
 def _checksums(folder: Path) -> dict[str, str]:
     def digests() -> Iterator[tuple[str, str]]:
-        for name in (MODEL_FILE, OPTIMIZER_FILE):
+        for name in (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE):
             if (path := folder / name).exists():
                 with path.open("rb") as file:
                     yield name, hashlib.file_digest(file, "sha256").hexdigest()

@@ -164,6 +164,8 @@ class StageConfig(RunConfig):
     """How many of the newest states stay on disk."""
     log_every_steps: int = 20
     """Steps between two log lines."""
+    ema_decay: float | None = None
+    """Also keep and release an exponential moving average of the weights, such as 0.9999 of it a step. null: none."""
     max_skipped_steps: int = 5
     """Steps in a row whose loss or gradients are not finite, each skipped, before the run stops."""
     stall_timeout_s: float = 900.0
@@ -244,7 +246,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
-    "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "stall_timeout_s": (1, None),
+    "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
+    "stall_timeout_s": (1, None),
 }  # fmt: skip
 
 

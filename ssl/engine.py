@@ -139,6 +139,8 @@ class _Loop:
             task.network.compile()
         self.model, self.optimizer = accelerator.prepare(task, optimizer)
         self.saver.resume_moments()
+        if hooks.whole.ema is not None:
+            hooks.whole.ema.to(accelerator.device)
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.log = RunLog(
@@ -233,6 +235,8 @@ class _Loop:
             self.optimizer.optimizer.found_inf = skipped  # the fused kernel then leaves everything as it is
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.hooks.whole.ema is not None:
+            self.hooks.whole.ema.update(self.task, step + 1)
         self.meter.end_step(norm, skipped)
 
     def _end_step(self) -> None:

@@ -14,6 +14,7 @@ from .patches import pair
 from .runs import environment
 
 ENCODER_FILE, CLASSIFIER_FILE = "encoder.safetensors", "classifier.safetensors"
+ENCODER_EMA_FILE, CLASSIFIER_EMA_FILE = "encoder_ema.safetensors", "classifier_ema.safetensors"
 
 
 @dataclass(frozen=True)

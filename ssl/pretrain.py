@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from .augment import CenterCrop, Normalize, random_crop
 from .batches import Batch, Samples
@@ -18,7 +18,7 @@ from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
 from .engine import Figures, Hooks, Task, train
 from .errors import InputError
-from .export import ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
+from .export import ENCODER_EMA_FILE, ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .hybrid import has_batch_norm, with_statistics_of
 from .log import RunLog
 from .mae import MaskedAutoencoder, attach_decoder
@@ -89,7 +89,7 @@ def pretrain(config: PretrainConfig) -> Figures:
         checkpoint_blocks(autoencoder)
     task = PretrainTask(autoencoder, Normalize(spec.mean, spec.std))
     plain = {f"autoencoder.encoder.timm.{name}" for name in encoder.no_weight_decay}
-    whole = Whole(task, accelerator)
+    whole = Whole(task, accelerator, config.ema_decay)
     optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
 
     # Read once: every export measures the batch norms on the same images.
@@ -97,13 +97,19 @@ def pretrain(config: PretrainConfig) -> Figures:
     if has_batch_norm(encoder.timm) and accelerator.is_main_process:
         statistics_images += _whole_images(samples, accelerator.device, STATISTICS_IMAGES)
 
+    def measured(model: nn.Module) -> nn.Module:
+        if not has_batch_norm(model):
+            return model
+        return with_statistics_of(model, map(whole.module.normalize, statistics_images))
+
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)
         facts |= {"mask_ratio": config.mask.ratio, "target": config.target}
-        model = whole.module.autoencoder.encoder.timm
-        if has_batch_norm(model):
-            model = with_statistics_of(model, map(whole.module.normalize, statistics_images))
+        model = measured(whole.module.autoencoder.encoder.timm)
         export_weights(run_dir / ENCODER_FILE, model, spec, facts)
+        if whole.average is not None:
+            average = measured(whole.average.autoencoder.encoder.timm)
+            export_weights(run_dir / ENCODER_EMA_FILE, average, spec, facts | {"ema_decay": config.ema_decay})
         if progress["step"] == total_steps:
             title = f"{spec.name}, pretrained as a masked autoencoder"
             export_hub(run_dir / "hub", model, spec, title=title, facts=facts | progress["figures"])

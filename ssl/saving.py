@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .checkpoint import (
+    EMA_FILE,
     load_model,
     load_moments,
     load_progress,
@@ -71,6 +72,8 @@ class Saver:
             return None
         self.folder = folder
         load_model(folder, self.task)
+        if self.whole.average is not None:
+            load_model(folder, self.whole.average, EMA_FILE)
         progress = load_progress(folder)
         self.saved_step = progress["step"]
         return progress
@@ -91,7 +94,7 @@ class Saver:
 
         Raises InputError when it could not for the second time in a row, or for the last state of a run.
         """
-        tensors, refusal = state_tensors(self.task, self.optimizer), None
+        tensors, refusal = state_tensors(self.task, self.optimizer, self.whole.average), None
         self.whole.take(tensors.model)
         if self.accelerator.is_main_process:
             try:

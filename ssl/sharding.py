@@ -11,9 +11,12 @@ from typing import Generic, TypeVar
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+
+from .errors import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,11 +52,15 @@ def is_sharded(accelerator: Accelerator) -> bool:
 class Whole(Generic[Module]):
     """A module as one process can use it alone: itself or, where it is sharded, a copy that follows it.
 
-    To be made before `accelerator.prepare` shards the module.
+    With `ema_decay` it keeps the moving average of the module as well. To be made before `accelerator.prepare` shards
+    the module. Raises InputError for an average of a sharded one.
     """
 
-    def __init__(self, module: Module, accelerator: Accelerator) -> None:
+    def __init__(self, module: Module, accelerator: Accelerator, ema_decay: float | None = None) -> None:
         self._sharded = is_sharded(accelerator)
+        if self._sharded and ema_decay is not None:
+            raise InputError("ema_decay averages whole weights, and FSDP holds them in parts: leave one of them away")
+        self.ema = None if ema_decay is None else ModelEmaV3(module, ema_decay)
         self._device = accelerator.device
         self.module = copy.deepcopy(module) if self._sharded else module
 
@@ -61,6 +68,11 @@ class Whole(Generic[Module]):
         """Gathers what `module` has become; all processes must call it."""
         if self._sharded:
             self.take({name: whole(x) for name, x in module.state_dict().items()})
+
+    @property
+    def average(self) -> Module | None:
+        """The moving average, a module like the other."""
+        return None if self.ema is None else self.ema.module  # type: ignore[return-value]
 
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the whole tensors of the module."""

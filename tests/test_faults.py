@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_PRETRAIN, command
+from safetensors.torch import load_file
 from test_stopping import ENVIRONMENT, UNTIL, assert_same_weights, logged, seen
 
 NAN_AT = """
@@ -191,3 +193,35 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(shards,
     words = command("pretrain.py", options(shards, tmp_path / "run"), processes=processes)
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0 and done.stderr.count(said) == 1, done.stderr
+
+
+def test_the_moving_average_is_part_of_the_state(shards, tmp_path):
+    given = {"ema_decay": "0.8", "save_every_steps": "1000", "data.img_size": "16"}
+    run(options(shards, tmp_path / "whole", **given))
+    for stop_at, processes in ((5, 1), (12, 2)):
+        words = command("pretrain.py", options(shards, tmp_path / "moved", **given), processes=processes)
+        at = next(i for i, word in enumerate(words) if word.endswith("pretrain.py"))
+        script = tmp_path / f"until{stop_at}.py"
+        script.write_text(UNTIL.format(stop_at=stop_at, script=words[at]))
+        words[at] = str(script)
+        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == (0 if stop_at == 12 else 75), done.stderr
+    ours, wanted = (load_file(tmp_path / name / "encoder_ema.safetensors") for name in ("moved", "whole"))
+    weights = load_file(tmp_path / "whole" / "encoder.safetensors")
+    for name, value in wanted.items():
+        if not name.endswith("qkv.bias"):  # the keys' part moves by rounding alone
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(value, weights[name]) for name, value in wanted.items())
+
+
+def test_the_average_is_that_of_the_formula(shards, tmp_path):
+    given = options(shards, tmp_path / "run", ema_decay="0.8", save_every_steps="1", keep_states="12")
+    run(given)
+    states = sorted((tmp_path / "run" / "state").iterdir())
+    average = load_file(states[0] / "model.safetensors")  # the first step takes the weights over
+    for state in states[1:]:
+        model = load_file(state / "model.safetensors")
+        average = {name: 0.8 * x + 0.2 * model[name] for name, x in average.items()}
+    found = load_file(states[-1] / "ema.safetensors")
+    for name, value in average.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
