@@ -57,6 +57,7 @@ ORDER = [
     "hybrid",
     "rope",
     "tiling",
+    "window_groups",
     "swin",
     "encoders",
     "targets",
