@@ -59,6 +59,7 @@ ORDER = [
     "hybrid",
     "rope",
     "tiling",
+    "window_groups",
     "swin",
     "encoders",
     "targets",
