@@ -15,6 +15,7 @@ from .errors import InputError
 from .index import ShardIndex
 from .masking import Masking, MaskSampler
 from .order import Order, settings_of
+from .patience import shown
 from .randoms import hashes, uniforms
 from .small_images import SmallImages
 
@@ -145,7 +146,7 @@ class Samples:
             yield int(ids[int(other) % len(ids)])
 
     def _bad(self, sample: int, reason: str) -> BadSample:
-        return BadSample(self.index.paths[int(self.index.shard[sample])], self.index.key(sample), reason)
+        return BadSample(shown(self.index.paths[int(self.index.shard[sample])]), self.index.key(sample), reason)
 
 
 def refuse_bad(bad: list[BadSample]) -> None:

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from .config import check_ranges
-from .errors import InputError, ProcessError, Stopped, did_you_mean
+from .errors import InputError, ProcessError, Stopped, did_you_mean, printable
 
 Config = TypeVar("Config")
 
@@ -69,7 +69,7 @@ class CommandParser(ArgumentParser):
 def fail(message: str, status: int = 2) -> NoReturn:
     """Prints `error: message` once per machine and ends this process with `status`."""
     if is_local_main():
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -108,14 +108,17 @@ def parse(parser: CommandParser, args: Sequence[str] | None = None) -> Namespace
     words = list(sys.argv[1:] if args is None else args)
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--config" or word.startswith("--config="):
-            _check_config_file(word.partition("=")[2] or following)
+            _check_config_file(parser, word.partition("=")[2] or following)
     silence = contextlib.nullcontext() if is_local_main() else contextlib.redirect_stdout(io.StringIO())
     with silence:  # --help and --print_config speak once, too
         return parser.parse_args(words)
 
 
-def _check_config_file(name: str) -> None:
-    """Ends the command when a config file is no YAML mapping; the parser's own errors do not name the file."""
+def _check_config_file(parser: CommandParser, name: str) -> None:
+    """Ends the command when a config file is no YAML mapping; the parser's own errors do not name the file.
+
+    And when it names a class or a file where options belong: the parser would import the one and read the other.
+    """
     path = Path(name)
     if not path.is_file():
         return  # the parser says so
@@ -125,6 +128,17 @@ def _check_config_file(name: str) -> None:
         fail(f"{path} is not a YAML file: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         fail(f"{path} holds no options: write them as KEY: VALUE")
+    for key, value in content.items():
+        if isinstance(value, str) and _is_group(parser, str(key)):
+            fail(f"{path}: {key} is a group of options, not a value ({value}): give {key}.OPTION")
+        if str(key).endswith(".class_path") or (isinstance(value, dict) and "class_path" in value):
+            fail(f"{path}: {key} names a class: options are values only")
+        if key == "config":
+            fail(f"{path} names another config file ({value}): give it on the command line, --config may be repeated")
+
+
+def _is_group(parser: CommandParser, name: str) -> bool:
+    return any(action.dest.startswith(f"{name}.") for action in parser._actions)
 
 
 def parse_config(config_class: type[Config], description: str | None, args: Sequence[str] | None = None) -> Config:
@@ -137,8 +151,7 @@ def instantiate(parser: CommandParser, config_class: type[Config], parsed: Names
     """Returns `config_class` built from parsed arguments."""
     parsed.pop("config", None)
     for name in vars(parsed):  # jsonargparse lets a scalar pass where a group is expected (`optim: 3`)
-        is_group = any(action.dest.startswith(f"{name}.") for action in parser._actions)
-        if is_group and not isinstance(parsed[name], Namespace):
+        if _is_group(parser, name) and not isinstance(parsed[name], Namespace):
             fail(f"{name} is a group of options, not a value ({parsed[name]}): give {name}.OPTION")
     config = config_class(**vars(parser.instantiate(parsed)))
     try:
@@ -155,7 +168,7 @@ def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) 
         run(config)
     except (OSError, ProcessError) as error:  # a full disk or a lost shard may be one machine's alone: all speak
         rank = os.environ.get("RANK")
-        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        print(f"error: {f'process {rank}: ' if rank else ''}{printable(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except Stopped:  # it has been said
         raise SystemExit(Stopped.EXIT_STATUS) from None

@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 from .errors import InputError
 
+# What a model's argument may be. Were anything allowed, jsonargparse would make an object of {class_path: ...}, and a
+# YAML file could run whatever it names.
+Plain = bool | int | float | str | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -70,7 +74,7 @@ class EncoderConfig:
     """A timm model name, such as vit_base_patch16_224. null: the one that --init names."""
     img_size: int | tuple[int, int] | None = None
     """Image side, or height and width, in pixels. null: data.img_size, or else timm's size for the name."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Plain | list[Plain] | dict[str, Plain]] = field(default_factory=dict)
     """Further arguments of timm.create_model, such as {patch_size: 4, embed_dim: 192, depth: 6, num_heads: 6}."""
 
 

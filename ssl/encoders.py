@@ -19,6 +19,7 @@ from .swin import SwinEncoder
 from .vit import ViTEncoder
 
 SUPPORTED = "use one of timm's vit_* (plain, hybrid such as vit_*_r50_*, or vit_*_rope_*), swin_* or swinv2_*"
+MOST_SHOWN = 300  # characters of arguments, which a file may have named
 FAMILIES = ("vision_transformer", "deit", "eva", "swin_transformer")  # beginnings of timm's modules
 
 
@@ -33,9 +34,10 @@ def create_timm_model(name: str, *, img_size: int | tuple[int, int] | None = Non
         raise InputError(f"timm {timm.__version__} has no model {name}{did_you_mean(name, timm.list_models(), most=3)}")
     try:
         return timm.create_model(name, **timm_args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in timm_args.items())
-        raise InputError(f"timm cannot build {name} with {given}: {error or 'it gives no reason'}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in timm_args.items())[:MOST_SHOWN]
+        reason = " ".join(str(error).split())[:MOST_SHOWN] or "it gives no reason"
+        raise InputError(f"timm cannot build {name} with {given}: {reason}") from error
 
 
 def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, **timm_args: Any) -> Encoder:

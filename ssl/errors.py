@@ -20,6 +20,11 @@ class Stopped(InputError):
     )
 
 
+def printable(text: str) -> str:
+    """Returns the text with escapes for what steers a terminal or cannot be encoded: names in tars are anyone's."""
+    return "".join(x if x.isprintable() or x == "\n" else x.encode("unicode_escape").decode() for x in text)
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str:
     """Returns " Did you mean X?" with at most `most` near known names, or "" when none is near."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)

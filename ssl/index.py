@@ -17,8 +17,9 @@ from jaxtyping import Int
 
 from .dataset_file import read_dataset
 from .entries import IMAGE_EXTENSIONS, ShardEntries
-from .errors import InputError
+from .errors import InputError, printable
 from .index_files import entries_of
+from .patience import shown
 from .remote import is_remote
 from .shard_cache import ShardCache
 from .shard_names import folder_of, shard_paths, sources
@@ -140,12 +141,12 @@ class ShardIndex:
     def label_defects(self) -> list[str]:
         """Returns a sentence for each of the first labels that are no class number."""
         found = [d for d in self.defects if d.reason.startswith("label of")]
-        return [f"{d.shard}: {shortened(d.reason)}" for d in found[:DEFECTS_SHOWN]]
+        return [f"{shown(d.shard)}: {shortened(d.reason)}" for d in found[:DEFECTS_SHOWN]]
 
     def describe_defects(self) -> list[str]:
         """Returns a sentence for each of the first defects, and one for the rest."""
         lines = [
-            f"{d.shard}: {shortened(d.reason)} (byte {d.offset}{f', {d.size} bytes lost' if d.size else ''})"
+            f"{shown(d.shard)}: {shortened(d.reason)} (byte {d.offset}{f', {d.size} bytes lost' if d.size else ''})"
             for d in self.defects[:DEFECTS_SHOWN]
         ]
         rest = len(self.defects) - DEFECTS_SHOWN
@@ -177,7 +178,8 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
             entries[path], stamps[path] = shard_entries, stamp[1:]
     paths = list(source_of)
     if not any(len(entries[path].keys) for path in paths):
-        raise InputError(f"{paths[0]}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside")
+        others = " and others" if len(paths) > 1 else ""
+        raise InputError(f"{shown(paths[0])}{others}: no {', '.join(IMAGE_EXTENSIONS)} inside")
     cache = None
     if cache_dir is not None and any(map(is_remote, paths)):
         contents = [entries[path].digest() if is_remote(path) else "" for path in paths]
@@ -188,16 +190,17 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """Returns a text of at most so many characters: names in a damaged tar may have a million."""
-    return text if len(text) <= most else f"{text[:most]}..."
+    """Returns a text of at most so many characters, all printable: names in a damaged tar may have a million."""
+    return printable(text if len(text) <= most else f"{text[:most]}...")
 
 
 def refuse_damage(index: ShardIndex) -> None:
     """Raises InputError when a part of a tar cannot be read: a figure must count every image."""
     if lost := [defect for defect in index.defects if defect.size]:
         raise InputError(
-            f"{lost[0].shard}: {lost[0].reason} (byte {lost[0].offset}, {lost[0].size} bytes lost), and an evaluation "
-            "must count every image: fetch it again, or `launch/shards.py repair` leaves out what is lost"
+            f"{shown(lost[0].shard)}: {shortened(lost[0].reason)} (byte {lost[0].offset}, {lost[0].size} bytes lost), "
+            "and an evaluation must count every image: fetch it again, or `launch/shards.py repair` leaves out what is "
+            "lost"
         )
 
 

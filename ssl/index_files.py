@@ -77,7 +77,7 @@ def _local_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) ->
 def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -> Found:
     """Returns the entries from the index beside the shards, else from one made earlier, else from the shards."""
     if cache_dir is None:
-        raise InputError(f"{paths[0]}: only shards on local disks are read here")
+        raise InputError(f"{shown(paths[0])}: only shards on local disks are read here")
     data = read_remote(f"{folder}/{INDEX_NAME}")
     known = {stamp[0]: (stamp, entries) for stamp, entries in (unpack(data) if data else {}).items()}
     names = [path.rpartition("/")[2] for path in paths]
@@ -88,8 +88,8 @@ def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -
         missing = [path for path, name in zip(paths, names, strict=True) if name not in known]
         if missing:
             print(
-                f"{folder}: no {INDEX_NAME} lists {missing[0].rpartition('/')[2]}; fetching {len(missing)} shards once "
-                f"to make one (launch/shards.py index makes one to put beside them)",
+                f"{shown(folder)}: no {INDEX_NAME} lists {shown(missing[0]).rpartition('/')[2]}; fetching "
+                f"{len(missing)} shards once to make one (launch/shards.py index makes one to put beside them)",
                 flush=True,
             )
         for stamp, entries in scan_remote(missing, cache_dir):

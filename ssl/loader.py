@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .batches import Batch, Samples
-from .errors import InputError, ProcessError
+from .errors import InputError, ProcessError, printable
 from .fetching import Fetching, ranks_of_machine, remote_shards
 from .order import ShardPlan
 from .patience import shown
@@ -118,7 +118,7 @@ class Loader:
         index = self.samples.index
         places = [(worker, sample) for worker, sample in enumerate(self._places.tolist()) if sample >= 0]
         return "; ".join(
-            f"worker {worker}: {shown(index.paths[int(index.shard[sample])])}, sample {index.key(sample)}"
+            f"worker {worker}: {shown(index.paths[int(index.shard[sample])])}, sample {printable(index.key(sample))}"
             for worker, sample in places
         )
 

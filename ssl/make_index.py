@@ -88,7 +88,8 @@ def _announced(
     found: Iterable[tuple[Stamp, ShardEntries]], paths: Sequence[str]
 ) -> Iterator[tuple[Stamp, ShardEntries]]:
     for number, (stamp, entries) in enumerate(found, 1):
-        print(f"{number}/{len(paths)} {stamp[0]}: {len(entries.keys):,} samples, {stamp[1] / 1e6:,.1f} MB", flush=True)
+        name = shown(paths[number - 1]).rpartition("/")[2]
+        print(f"{number}/{len(paths)} {name}: {len(entries.keys):,} samples, {stamp[1] / 1e6:,.1f} MB", flush=True)
         yield stamp, entries
 
 

@@ -57,8 +57,8 @@ class Changed(OSError):
 
 
 def shown(url: str) -> str:
-    """Returns the URL without password and query, which may hold a signature, for messages."""
-    return re.sub(r"(?<=://)[^/@]*@|\?.*", "", url)
+    """Returns the URL without password and query, which may hold a signature, for messages; a path as it is."""
+    return url if "://" not in url else re.sub(r"(?<=://)[^/@]*@|\?.*", "", url)
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

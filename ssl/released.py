@@ -1,6 +1,7 @@
 """Weights that come in: a run, a file, timm or the Hub, and a report of what matched."""
 
 import argparse
+import inspect
 import json
 import math
 import warnings
@@ -28,9 +29,11 @@ PARAMETERS = (".weight", ".bias")
 # What a stage decides, or --init; encoder.args would change what is exported without a word.
 NOT_OF_AN_ENCODER = {
     "pretrained": "give --init NAME to start from timm's weights",
+    "checkpoint_path": "give --init FILE to start from weights",
     "num_classes": "an encoder has no classes; fine-tuning takes num_classes",
     "global_pool": "an encoder has no pooling; fine-tuning takes pool",
 }
+OF_CREATE_MODEL = frozenset(inspect.signature(timm.create_model).parameters)  # files, addresses and the like
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,31 @@ def _read_safetensors(path: Path) -> Weights:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
             metadata = file.metadata() or {}
-        spec = None
-        if "architecture" in metadata:
-            mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
-            spec = ModelSpec(metadata["architecture"], _headless(json.loads(metadata["timm_args"])), mean, std)
-    except (SafetensorError, KeyError, ValueError) as error:
+        spec = _spec_in(metadata) if "architecture" in metadata else None
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"init {path}: not a readable safetensors file ({error})") from error
     return Weights(str(path), _encoder_tensors(tensors), spec)
+
+
+def _spec_in(metadata: dict[str, str]) -> ModelSpec:
+    """Returns the model that a file says it is of. Raises KeyError, ValueError or RecursionError when it does not.
+
+    What a file says reaches `timm.create_model`: it may shape the model, but not name other files or addresses.
+    """
+    args, mean, std = (json.loads(metadata[key]) for key in ("timm_args", "mean", "std"))
+    if not isinstance(args, dict):
+        raise ValueError("its timm_args are no arguments by name")
+    if foreign := [key for key in args if key in OF_CREATE_MODEL or key.startswith("pretrained")]:
+        raise ValueError(f"its timm_args hold {foreign[0]}, which is not for a file to say")
+    size = args.get("img_size") or 1
+    if not all(isinstance(side, int) for side in (size if isinstance(size, list) and len(size) == 2 else [size])):
+        raise ValueError("its img_size is no size")
+    for name, values in (("mean", mean), ("std", std)):
+        least = 0.0 if name == "std" else -math.inf
+        numbers = isinstance(values, list) and values and all(isinstance(x, int | float) for x in values)
+        if not numbers or not all(least < x < math.inf for x in values):
+            raise ValueError(f"its {name} is not one number a channel")
+    return ModelSpec(metadata["architecture"], _headless(args), tuple(mean), tuple(std))
 
 
 def _read_pickled(path: Path) -> Weights:

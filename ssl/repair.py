@@ -18,7 +18,7 @@ import numpy as np
 from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE, read_dataset
 from .entries import IMAGE_EXTENSIONS, Sample, ShardEntries, group, image_of, scan_shard
-from .errors import InputError
+from .errors import InputError, printable
 from .files import remove_leftovers, replace_file, write_json, write_text
 from .patience import shown
 from .remote import is_remote
@@ -58,7 +58,7 @@ def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
         found, kept = _repair(check)
         print(f"{displayed(check.path)}: rewritten without {_amount(found)}; the damaged one is now {kept}", flush=True)
         for line in found[: SHOWN - printed]:
-            print(f"  {line['key'] or 'damage'} (byte {line['byte']}): {line['reason']}")
+            print(printable(f"  {line['key'] or 'damage'} (byte {line['byte']}): {line['reason']}"))
         printed, repaired, left_out = min(SHOWN, printed + len(found)), repaired + 1, left_out + found
     for folder in dict.fromkeys(Path(path).parent for path in paths):
         _update_dataset(folder, [Path(path) for path in paths if Path(path).parent == folder])
@@ -206,8 +206,9 @@ def _update_split(folder: Path, info: dict[str, Any], names: set[str]) -> None:
     info["samples"] = sum(shard["samples"] for shard in info["shards"])
     if info["per_class"] is not None:
         labels = np.concatenate([found.label for found in entries.values() if found is not None])
-        counts = np.bincount(labels[labels >= 0], minlength=len(info["per_class"]))
-        info["per_class"] = counts[: len(info["per_class"])].tolist()
+        classes = len(info["per_class"])
+        known_labels = labels[(labels >= 0) & (labels < classes)]  # one wrong label would count up to itself
+        info["per_class"] = np.bincount(known_labels, minlength=classes).tolist()
 
 
 def _entries(path: Path, known: Known) -> ShardEntries | None:

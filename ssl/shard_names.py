@@ -10,6 +10,7 @@ from typing import Any
 import braceexpand
 
 from .errors import InputError
+from .patience import shown
 from .remote import glob_remote, is_remote, read_remote
 
 SEPARATOR = "::"  # between sources, as open_clip writes them
@@ -35,7 +36,7 @@ def shard_paths(pattern: str) -> list[str]:
     try:
         parts = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
     except braceexpand.UnbalancedBracesError as error:  # type: ignore[attr-defined]
-        raise InputError(f"shards: the braces in {pattern} do not match") from error
+        raise InputError(f"shards: the braces in {shown(pattern)} do not match") from error
     for part in parts:
         found |= dict.fromkeys(_of_info_file(part) or (_remote(part) if is_remote(part) else _local(part)))
     return list(found)
@@ -73,12 +74,15 @@ def _remote(part: str) -> list[str]:
     name = part.partition("?")[0] if part.startswith("http") else part
     path = name.partition("://")[2].partition("/")[2]
     if not path or path.endswith("/"):
-        raise InputError(f"shards: {part} names no tar; write {name.rstrip('/')}/train-{{000..146}}.tar, or the like")
+        example = f"{shown(name).rstrip('/')}/train-{{000..146}}.tar"
+        raise InputError(f"shards: {shown(part)} names no tar; write {example}, or the like")
     if not glob.has_magic(name):
         return [part]  # whether it is there is known when it is fetched: a thousand questions take minutes
     matches = glob_remote(part)
     if not matches:
-        raise InputError(f"shards: {part} matches nothing; most web servers list no files: use braces, {{000..146}}")
+        raise InputError(
+            f"shards: {shown(part)} matches nothing; most web servers list no files: use braces, {{000..146}}"
+        )
     return matches
 
 
@@ -89,14 +93,17 @@ def _of_info_file(part: str) -> list[str]:
         return []
     data = read_small_file(file)
     if data is None:
-        raise InputError(f"shards: {file} does not exist")
+        raise InputError(f"shards: {shown(file)} does not exist")
     folder = file.rpartition("/")[0]
     try:
         splits: dict[str, Any] = json.loads(data)["splits"]
         names = {key: list(braceexpand_all(value["filenames"])) for key, value in splits.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"shards: {file} lists no splits with filenames, as timm writes them ({error!r})") from error
+        raise InputError(
+            f"shards: {shown(file)} lists no splits with filenames, as timm writes them ({error!r})"
+        ) from error
     if split not in names:
+        file = shown(file)
         example = f"{file}:{next(iter(names), 'train')}"
         raise InputError(f"shards: {file} has the splits {', '.join(names)}: write one behind it, as in {example}")
     paths = [f"{folder}/{name}" if folder else name for name in names[split]]

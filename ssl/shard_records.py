@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE
-from .errors import InputError
+from .errors import InputError, printable
 from .files import remove_leftovers, write_json, write_text
 from .shard_config import ShardsConfig
 from .sources import InShard, Source
@@ -130,7 +130,7 @@ def finish(out: Path, found: Source, journal: dict[str, Any], more: dict[str, st
             file=sys.stderr,
         )
         for line in left_out[:3]:
-            print(f"  {line['file']}: {line['reason']}", file=sys.stderr)
+            print(printable(f"  {line['file']}: {line['reason']}"), file=sys.stderr)
     write_json(out / DATASET_FILE, dataset)
     (out / JOURNAL_FILE).unlink(missing_ok=True)
     print(f"{out}: {summary(dataset)}")

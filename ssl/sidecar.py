@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,9 @@ def pack(known: Known) -> bytes:
 def unpack(data: bytes) -> Known:
     """Returns what an index.npz describes; nothing when it is damaged, or of another version."""
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if sum(column.file_size for column in file.infolist()) > len(data):
+                return {}  # `pack` compresses nothing; what unpacks to more than it is would fill the memory
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}
         return _from_columns(columns)

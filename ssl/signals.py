@@ -46,7 +46,8 @@ class StopSignals:
         if self.received is None:
             self.received, self._received_at = signal.Signals(number).name, now
             if is_local_main():
-                said = f"{self.received}: saving at the end of this step; the same signal again stops at once\n"
+                again = "SIGTERM" if number == signal.SIGUSR1 else "the same signal again"
+                said = f"{self.received}: saving at the end of this step; {again} stops at once\n"
                 with suppress(OSError):
                     os.write(sys.stderr.fileno(), said.encode())  # print could be interrupted by itself
         elif number != signal.SIGUSR1 and now - self._received_at > ONE_REQUEST_S:

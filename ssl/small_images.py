@@ -35,7 +35,7 @@ class SmallImages:
 
     def read(self, samples: Int[np.ndarray, " B"]) -> UInt8[Tensor, "B H W C"]:
         """Returns the pixels of these samples; zeros where one is unreadable."""
-        pixels = np.load(self.file, mmap_mode="r") if self._pixels is None else self._pixels
+        pixels = np.load(self.file, mmap_mode="r", allow_pickle=False) if self._pixels is None else self._pixels
         self._pixels = pixels
         return torch.from_numpy(pixels[samples])
 
@@ -94,7 +94,7 @@ def _read(file: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
         facts = json.loads(file.with_suffix(".json").read_text())
         facts["unreadable"] = {int(sample): str(reason) for sample, reason in facts["unreadable"].items()}
         if facts["one_size"]:
-            pixels = np.load(file, mmap_mode="r")
+            pixels = np.load(file, mmap_mode="r", allow_pickle=False)
             if pixels.shape != shape or pixels.dtype != np.uint8:
                 return None
         return facts

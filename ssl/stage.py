@@ -20,6 +20,7 @@ from .index import ShardIndex, open_index, refuse_damage
 from .log import append_jsonl
 from .masking import MaskSampler
 from .order import Order, build_order
+from .patience import shown
 from .processes import build_accelerator
 from .released import Weights, encoder_spec, read_weights
 from .runs import open_run
@@ -121,4 +122,5 @@ def _report_defects(index: ShardIndex, run_dir: Path) -> None:
     head = f"lost in damaged shards, about {lost} samples in all:" if lost > 1 else "noticed in the shards:"
     print("\n  ".join([head, *index.describe_defects()]), flush=True)
     if not (run_dir / BAD_SAMPLES_FILE).exists():
-        append_jsonl(run_dir / BAD_SAMPLES_FILE, [{"step": -1, **d._asdict()} for d in index.defects])
+        records = [{"step": -1, **d._asdict(), "shard": shown(d.shard)} for d in index.defects]
+        append_jsonl(run_dir / BAD_SAMPLES_FILE, records)

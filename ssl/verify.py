@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt64
 from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, read_dataset
 from .entries import UNLABELLED
-from .errors import InputError
+from .errors import InputError, printable
 from .files import write_text
 from .patience import shown
 from .remote import is_remote
@@ -166,7 +166,8 @@ def _compare_split(folder: str, split: str, info: dict[str, Any], shards: dict[s
         reason = f"split {split} has {info['samples']} samples here, and {len(label)} in its shards"
         yield Finding("miscounted", file, None, None, None, reason)
     classes = info["per_class"] or []
-    counts = np.bincount(label[label >= 0], minlength=len(classes))[: len(classes)].tolist()
+    known = label[(label >= 0) & (label < len(classes))]  # one wrong label would count up to itself
+    counts = np.bincount(known, minlength=len(classes)).tolist()
     if different := [i for i, (here, there) in enumerate(zip(classes, counts, strict=True)) if here != there]:
         first = different[0]
         reason = (
@@ -215,7 +216,7 @@ def _print_findings(findings: list[Finding], report: Path | None) -> None:
         where += [finding.key] if finding.key else []
         where += [f"byte {finding.byte}"] if finding.byte is not None else []
         lost = f" ({finding.bytes_lost} bytes lost)" if finding.bytes_lost else ""
-        print(f"{finding.kind}: {', '.join(where)}{': ' if where else ''}{finding.reason}{lost}")
+        print(printable(f"{finding.kind}: {', '.join(where)}{': ' if where else ''}{finding.reason}{lost}"))
     if len(findings) > SHOWN:
         all_of_them = f"{report} lists all" if report else "--report FILE.jsonl lists all"
         print(f"and {len(findings) - SHOWN} more; {all_of_them}")
