@@ -14,7 +14,7 @@ from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
 from quarterlight.ssl.batches import Batch, refuse_unlabelled
 from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
-from quarterlight.ssl.engine import Figures, Hooks, Task, train
+from quarterlight.ssl.engine import train
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import (
     CLASSIFIER_EMA_FILE,
@@ -37,6 +37,7 @@ from quarterlight.ssl.sharding import Whole, block_names
 from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
+from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .config import FinetuneConfig
 from .evaluate import evaluate

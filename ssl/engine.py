@@ -5,12 +5,8 @@ rank), and the learning rate is a function of the step. A state is then weights,
 """
 
 import contextlib
-import math
 import random
 import time
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +14,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import choose_attention
-from .batches import Batch, Samples
+from .batches import Samples
 from .config import StageConfig
 from .errors import InputError, ProcessError, Stopped
-from .fetching import Fetching
+from .incidents import Incidents, record_files
 from .loader import build_loader
-from .log import RunLog, append_jsonl, drop_later_records
+from .log import RunLog, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
 from .order import settings_of
-from .processes import Verdict, Verdicts, micro_batch_size
+from .processes import Verdicts, micro_batch_size
 from .randoms import step_seed
 from .runs import write_result
 from .saving import Saver
-from .sharding import Whole
 from .signals import StopSignals
 from .spans import Spans
+from .task import Figures, Hooks, Task
 from .watch import AGAIN, Watch
-
-Figures = dict[str, float]
-
-BAD_SAMPLES_ALLOWED = 10  # however few were read: a share of a few samples says nothing
-BAD_SAMPLES_FILE, BAD_STEPS_FILE = "bad_samples.jsonl", "bad_steps.jsonl"
-
-
-class Task(nn.Module):
-    """What the loop trains: `task(batch)` returns its loss and a dictionary of other scalars, means over the batch.
-
-    The loss is `forward` and not a method of its own because DDP works through `forward`.
-    """
-
-    @property
-    def network(self) -> nn.Module:
-        """The part that torch.compile gets; the rest handles keys and random choices."""
-        return self
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a stage adds to the loop."""
-
-    command: str  # for result.json
-    evaluate: Callable[
-        [int, RunLog, StopSignals], Figures
-    ]  # all processes: figures after `step` steps. May raise Stopped
-    evaluate_every_steps: int  # 0: at the end only
-    export: Callable[[dict[str, Any]], None]  # main process, with the progress: writes the released weights
-    whole: Whole[Any]  # of the task: what `evaluate` and `export` use
-    fetching: Fetching | None = None  # of remote shards; None: there are none
 
 
 def train(
@@ -157,9 +121,7 @@ class _Loop:
         self.batches = iter(self.loader)
         self.meter = Meter(accelerator, config.batch_size)
         self.verdicts = Verdicts(accelerator)
-        self.skipped_in_a_row = 0
-        self.unreadable: list[dict[str, Any]] = []  # to be listed
-        self.listed_samples = 0  # of all processes, since the start of this one
+        self.incidents = Incidents(run_dir, self.log, accelerator, config)
         self.watch = Watch(self.rank, accelerator.num_processes, config.stall_timeout_s, self.loader.reading)
 
     def run(self) -> Figures:
@@ -206,9 +168,8 @@ class _Loop:
                 "data.block_samples, data.repeats and the sources as they were (remote shards have other defaults than "
                 "local ones)"
             )
-        mine = [f"samples-rank{self.rank}.jsonl", *([BAD_SAMPLES_FILE, BAD_STEPS_FILE] if self.rank == 0 else [])]
-        for name in mine:
-            drop_later_records(self.run_dir / name, progress["step"] - 1)  # their steps count from 0, and come again
+        for path in record_files(self.run_dir, self.rank):
+            drop_later_records(path, progress["step"] - 1)  # their steps count from 0, and come again
         return progress
 
     def _step(self, step: int) -> None:
@@ -221,7 +182,7 @@ class _Loop:
             batch = self.meter.next_batch(self.batches)
             self.watch.move(step, "computing")
             keys += batch.keys
-            self._record(batch, step)
+            self.incidents.note(batch, step)
             last = i + 1 == self.accum_steps
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
@@ -247,7 +208,8 @@ class _Loop:
         self.log.advance()
         verdicts = self.verdicts.known(wait=log_now or save_now)
         for verdict in verdicts:
-            self._count_skipped(verdict)
+            self.progress["skipped_steps"] += verdict.skipped
+            self.incidents.judge(verdict)
         if log_now or save_now:
             self._read_figures()
         if log_now:
@@ -286,64 +248,14 @@ class _Loop:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _record(self, batch: Batch, step: int) -> None:
-        """Notes unreadable samples and, when asked, lists every sample in samples-rankN.jsonl."""
-        self.unreadable += [{"step": step, **bad._asdict()} for bad in batch.bad]
-        if self.config.record_samples:
-            masks = batch.masking.ids_keep.numpy() if batch.masking is not None else np.empty((len(batch.keys), 0))
-            records = [
-                {
-                    "step": step,
-                    "key": key,
-                    "pixels": zlib.crc32(image.numpy().tobytes()),
-                    "mask": zlib.crc32(mask.tobytes()),
-                }
-                for key, image, mask in zip(batch.keys, batch.images, masks, strict=True)
-            ]
-            append_jsonl(self.run_dir / f"samples-rank{self.rank}.jsonl", records)
-
-    def _count_skipped(self, verdict: Verdict) -> None:
-        """Lists a skipped step, of all processes alike. Raises InputError after too many in a row."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.skipped else 0
-        if not verdict.skipped:
-            return
-        self.progress["skipped_steps"] += 1
-        losses, keys = gather_object([verdict.loss]), gather_object(verdict.keys)
-        loss, norm = f"{sum(losses) / len(losses)}", f"{verdict.grad_norm}"
-        name, value = ("grad_norm", norm) if math.isfinite(sum(losses)) else ("loss", loss)
-        if self.accelerator.is_main_process:
-            record = {"step": verdict.step, "loss": loss, "grad_norm": norm, "keys": keys}
-            self.log.append(BAD_STEPS_FILE, [record])
-            self.log.say(
-                f"step {verdict.step + 1}: the {name} is {value}, so it is skipped ({BAD_STEPS_FILE} has its samples)"
-            )
-        if self.skipped_in_a_row > self.config.max_skipped_steps:
-            raise InputError(
-                f"the {name} is {value} at step {verdict.step + 1}, and {self.skipped_in_a_row} steps in a row were "
-                f"skipped for such (max_skipped_steps {self.config.max_skipped_steps}; first samples: "
-                f"{', '.join(keys[:4])}): lower optim.base_lr, set optim.clip_grad 1, or use --precision no, in a new "
-                "run_dir if this one holds states"
-            )
-
     def _read_figures(self) -> None:
         """Reads the means of the interval into `progress`. Raises InputError when too many samples were unreadable."""
         means = self.meter.read()
         epoch = self.done * self.config.batch_size / len(self.samples.order)
         figures = {"epoch": epoch, "loss": means["loss"], "lr": self.schedule.lr_at(self.done - 1)} | means
         self.progress["figures"] = figures | {"skipped_steps": self.progress["skipped_steps"]}
-        bad, limit = int(means["bad_samples"]), self.config.data.max_bad_share
-        if bad > self.listed_samples:
-            self.listed_samples = bad
-            records = gather_object(self.unreadable)  # one process writes: others may be on other machines
-            self.unreadable = []
-            if self.accelerator.is_main_process:
-                self.log.append(BAD_SAMPLES_FILE, records)
         samples_read = (self.done - self.first_step) * self.config.batch_size
-        if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
-            raise InputError(
-                f"{bad} reads of samples failed in {samples_read} (data.max_bad_share is {limit}): see "
-                f"{BAD_SAMPLES_FILE}, leave them out with launch/shards.py repair, or raise data.max_bad_share"
-            )
+        self.incidents.list_unreadable(int(means["bad_samples"]), samples_read)
 
 
 def _due(done: int, every: int) -> bool:

@@ -16,7 +16,7 @@ from .augment import CenterCrop, Normalize, random_crop
 from .batches import Batch, Samples
 from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
-from .engine import Figures, Hooks, Task, train
+from .engine import train
 from .errors import InputError
 from .export import ENCODER_EMA_FILE, ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .hybrid import has_batch_norm, with_statistics_of
@@ -33,6 +33,7 @@ from .sharding import Whole, block_names
 from .signals import StopSignals
 from .stage import Opened, open_stage
 from .targets import PCATarget
+from .task import Figures, Hooks, Task
 
 PICTURE_IMAGES = 16
 COMPONENT_IMAGES = 2048  # principal components are fitted to

@@ -12,10 +12,10 @@ from jaxtyping import Int
 from .augment import CenterCrop, RandomCrop
 from .batches import Samples
 from .config import DataConfig, RunConfig
-from .engine import BAD_SAMPLES_ALLOWED, BAD_SAMPLES_FILE
 from .errors import InputError
 from .export import ModelSpec
 from .fetching import Fetching
+from .incidents import BAD_SAMPLES_ALLOWED, BAD_SAMPLES_FILE
 from .index import ShardIndex, open_index, refuse_damage
 from .log import append_jsonl
 from .masking import MaskSampler
