@@ -21,6 +21,7 @@ from .batches import Batch
 from .errors import InputError, Stopped
 from .loader import Loader
 from .signals import StopSignals
+from .watch import alive
 
 
 def build_accelerator(precision: str) -> Accelerator:
@@ -81,6 +82,7 @@ def until_stopped(loader: Loader, signals: StopSignals, accelerator: Accelerator
     batches = iter(loader)
     spans = [loader.spans.of_rank(rank) for rank in range(accelerator.num_processes)]
     for _ in range(max(map(len, spans))):  # a rank with a batch less answers all the same
+        alive()
         if any_process(signals.received is not None, accelerator):
             raise Stopped("stopped in the middle of an evaluation")
         if (batch := next(batches, None)) is not None:

@@ -57,17 +57,22 @@ def follow_launcher() -> None:
     accelerate's launcher of one process dies of SIGTERM without a word to the process, which would go on unnoticed; so
     would those of any launcher that is killed. Started from a shell a process is left alone, since nohup is meant.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):
+    with suppress(OSError):
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
         if any(launcher in command for launcher in LAUNCHERS):
-            set_parent_death_signal = 1
-            ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGUSR1), 0, 0, 0)
+            _at_parents_death(signal.SIGUSR1)
+
+
+def _at_parents_death(number: signal.Signals) -> None:
+    """Has the kernel send this process a signal when its parent ends (Linux only)."""
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, int(number), 0, 0, 0)
 
 
 def leave_signals_to_parent() -> None:
-    """Makes a data worker ignore what its training process answers to.
+    """Makes a data worker ignore what its training process answers to, and end with it, even while it hangs.
 
     A terminal and SLURM send a signal to all processes of a job, and a worker that died of it would leave the step
     unfinished. Torch ends its workers by a flag, and by SIGTERM where they hang: so the second one counts.
@@ -85,3 +90,4 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, on_term)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    _at_parents_death(signal.SIGKILL)
