@@ -176,7 +176,8 @@ class _Loop:
     def leave(self) -> None:
         """Saves the state of a run that was asked to stop, and says so in result.json."""
         if self.saver.saved_step != self.done:
-            self._read_figures()
+            if self.meter.steps:  # none behind a step that was logged
+                self._read_figures()
             self._save()
         if self.accelerator.is_main_process:
             facts = {"preempted": True, "signal": self.signals.received, "step": self.done, "steps": self.total_steps}

@@ -1,20 +1,18 @@
 """SIGTERM, SIGUSR1 and SIGINT as a request that the loop meets at the end of its step."""
 
-import ctypes
 import os
 import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from .command import is_local_main
+from .parent import signal_at_parents_death
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST_S = 1.0  # what follows so soon is the same request: a terminal and a launcher both pass on Ctrl-C
-LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")
 
 
 class StopSignals:
@@ -30,7 +28,6 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._handle) for number in REQUESTS}
-        follow_launcher()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -49,26 +46,6 @@ class StopSignals:
         elif number != signal.SIGUSR1 and now - self._received_at > ONE_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-
-def follow_launcher() -> None:
-    """Has the kernel send SIGUSR1 when a launcher that started this process ends (Linux only).
-
-    accelerate's launcher of one process dies of SIGTERM without a word to the process, which would go on unnoticed; so
-    would those of any launcher that is killed. Started from a shell a process is left alone, since nohup is meant.
-    """
-    with suppress(OSError):
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-        if any(launcher in command for launcher in LAUNCHERS):
-            _at_parents_death(signal.SIGUSR1)
-
-
-def _at_parents_death(number: signal.Signals) -> None:
-    """Has the kernel send this process a signal when its parent ends (Linux only)."""
-    if sys.platform.startswith("linux"):
-        set_parent_death_signal = 1
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(set_parent_death_signal, int(number), 0, 0, 0)
 
 
 def leave_signals_to_parent() -> None:
@@ -90,4 +67,4 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, on_term)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    _at_parents_death(signal.SIGKILL)
+    signal_at_parents_death(signal.SIGKILL)

@@ -18,6 +18,7 @@ ORDER = [
     "errors",
     "config",
     "shard_config",
+    "parent",
     "command",
     "files",
     "randoms",
