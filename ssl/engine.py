@@ -68,8 +68,8 @@ def train(
         except RuntimeError as error:
             if accelerator.num_processes == 1 or not _is_lost_connection(error):
                 raise
-            first_line = str(error).splitlines()[0]
-            raise ProcessError(f"lost another process ({first_line}): {loop.watch.who_is_gone()}. {AGAIN}") from error
+            gone = loop.watch.who_is_gone() or str(error).splitlines()[0]
+            raise ProcessError(f"lost another process: {gone}; {AGAIN}") from error
 
 
 class _Loop:
@@ -135,7 +135,8 @@ class _Loop:
             self.done = step + 1
             self._end_step()
         self.progress["figures"] |= self._evaluate()  # also when a killed run had only this left to do
-        self.saver.release(self.progress)
+        with self.watch.during("saving"):
+            self.saver.release(self.progress)
         self.log.close()
         return self.progress["figures"]
 

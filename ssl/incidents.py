@@ -39,7 +39,7 @@ class Incidents:
         self._listed = 0  # of all processes, since the start of this one
 
     def note(self, batch: Batch, step: int) -> None:
-        """Notes the unreadable samples of a batch and, when asked, lists every sample with hashes of pixels and mask."""
+        """Notes unreadable samples and, when asked, lists every sample of a batch, with hashes of pixels and mask."""
         self._unreadable += [{"step": step, **bad._asdict()} for bad in batch.bad]
         if not self.config.record_samples:
             return

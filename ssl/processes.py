@@ -22,6 +22,7 @@ from .errors import InputError, Stopped
 from .loader import Loader
 from .sharding import apply_sharding, sharding_asked_for
 from .signals import StopSignals
+from .watch import alive
 
 
 def build_accelerator(precision: str) -> Accelerator:
@@ -86,6 +87,7 @@ def until_stopped(loader: Loader, signals: StopSignals, accelerator: Accelerator
     batches = iter(loader)
     spans = [loader.spans.of_rank(rank) for rank in range(accelerator.num_processes)]
     for _ in range(max(map(len, spans))):  # a rank with a batch less answers all the same
+        alive()
         if any_process(signals.received is not None, accelerator):
             raise Stopped("stopped in the middle of an evaluation")
         if (batch := next(batches, None)) is not None:

@@ -1,21 +1,19 @@
 """SIGTERM, SIGUSR1 and SIGINT as a request that the loop meets at the end of its step."""
 
-import ctypes
 import os
 import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from .command import is_local_main
 from .errors import Stopped
+from .parent import signal_at_parents_death
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_REQUEST_S = 1.0  # what follows so soon is the same request: a terminal and a launcher both pass on Ctrl-C
-LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")
 
 
 class StopSignals:
@@ -31,7 +29,6 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._handle) for number in REQUESTS}
-        follow_launcher()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -55,23 +52,8 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-def follow_launcher() -> None:
-    """Has the kernel send SIGUSR1 when a launcher that started this process ends (Linux only).
-
-    accelerate's launcher of one process dies of SIGTERM without a word to the process, which would go on unnoticed; so
-    would those of any launcher that is killed. Started from a shell a process is left alone, since nohup is meant.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-        if any(launcher in command for launcher in LAUNCHERS):
-            set_parent_death_signal = 1
-            ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGUSR1), 0, 0, 0)
-
-
 def leave_signals_to_parent() -> None:
-    """Makes a data worker ignore what its training process answers to.
+    """Makes a data worker ignore what its training process answers to, and end with it, even while it hangs.
 
     A terminal and SLURM send a signal to all processes of a job, and a worker that died of it would leave the step
     unfinished. Torch ends its workers by a flag, and by SIGTERM where they hang: so the second one counts.
@@ -89,3 +71,4 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, on_term)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGKILL)
