@@ -153,6 +153,11 @@ def test_a_file_imports_only_earlier_files(room, order):
         assert not late, f"{room}/{file.name} imports {late}, which stand after it"
 
 
+def test_every_file_is_described():
+    described = (ROOT / "docs" / "architecture.md").read_text()
+    assert [file.name for room in ROOMS for file in files(room) if f"`{file.name}`" not in described] == []
+
+
 def test_rooms_import_each_other_by_full_name_only():
     for file in files("finetune"):
         assert "from quarterlight.finetune" not in file.read_text(), file
