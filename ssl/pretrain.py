@@ -26,7 +26,7 @@ from .masking import MaskSampler
 from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
-from .recompute import checkpoint_blocks, transformer_blocks
+from .recompute import checkpoint_blocks
 from .released import load_encoder
 from .runs import write_result, write_run_files
 from .sharding import Whole, block_names
@@ -47,8 +47,8 @@ class PretrainTask(Task):
         super().__init__()
         self.autoencoder = autoencoder
         self.normalize = normalize
-        kinds = {type(block) for block in transformer_blocks(autoencoder.decoder)} | autoencoder.encoder.sharded_blocks
-        self._no_split_modules = block_names(self, kinds)  # accelerate's name for what it shards one by one
+        # accelerate's name for what it shards one by one
+        self._no_split_modules = block_names(self, autoencoder.sharded_blocks)
 
     @property
     def network(self) -> MaskedAutoencoder:
