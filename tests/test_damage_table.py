@@ -241,7 +241,7 @@ class Case:
     refused: str | None = None  # words in the sentence that refuses the shards
     unlabelled: str = ""  # numbers of the samples that have no label
     silent: bool = False  # nothing tells that there was more
-    whole: bool = False  # the tar is whole, and told to hold no image: no bytes are lost
+    whole: bool = False  # the tar is whole, and told to lack images: no bytes are lost
     opened: bool = False  # the damage comes after the index is opened
     read: bool = False  # the damage comes after the shards are opened
     pattern: str = "*.tar"
@@ -297,7 +297,9 @@ CASES = [
     Case("a negative label", replaced("b3.cls", None, b"-2"), "", "not a class number", unlabelled="3"),
     Case("a text as a label", replaced("b3.cls", None, b"cat"), "", "not a class number", unlabelled="3"),
     Case("a label of no bytes", replaced("b3.cls", None, b""), "", "not a class number", unlabelled="3"),
-    Case("an image is missing: only its label is there", without("b3.jpg"), "3", silent=True),
+    Case(
+        "an image is missing: only its label is there", without("b3.jpg"), "3", "'b3' has .cls and no image", whole=True
+    ),
     # Names and entries.
     Case(
         "a key twice",
@@ -330,7 +332,7 @@ CASES = [
     ),
     # Whole shards.
     Case("a shard of no bytes", contents(b""), refused="not a tar (it is empty)"),
-    Case("a tar without files", rewritten(lambda files: []), E8, silent=True),
+    Case("a tar without files", rewritten(lambda files: []), E8, "no file inside", whole=True),
     Case("a tar of texts only", rewritten(lambda files: files[1::2]), E8, NO_IMAGE, whole=True),
     Case("a web page in place of a tar", contents(b"<!DOCTYPE html><html>404</html>" * 50), refused="<!DOCTYPE html>"),
     Case(
