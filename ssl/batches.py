@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from .addresses import shown
 from .augment import CenterCrop, RandomCrop
 from .decode import ImageFile, UnreadableImage
 from .errors import InputError
@@ -137,7 +138,7 @@ class Samples:
             yield int(ids[int(other) % len(ids)])
 
     def _bad(self, sample: int, reason: str) -> BadSample:
-        return BadSample(self.index.paths[int(self.index.shard[sample])], self.index.key(sample), reason)
+        return BadSample(shown(self.index.paths[int(self.index.shard[sample])]), self.index.key(sample), reason)
 
 
 def refuse_bad(bad: list[BadSample]) -> None:
