@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from .addresses import is_remote
 from .decode import UnreadableImage, decode_image
 from .entries import Sample, group, image_of, scan_shard
 from .errors import InputError
-from .remote import fetch, is_remote
+from .remote import fetch
 from .tar_scan import Defect, scan_tar
 
 CHUNK_BYTES = 4 << 20  # what a process is given at once

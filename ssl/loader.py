@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .addresses import shown
 from .batches import Batch, Samples
 from .errors import InputError, ProcessError, printable
 from .fetching import Fetching, ranks_of_machine, remote_shards
 from .order import ShardPlan
-from .patience import shown
 from .ring import InRing, Ring
 from .signals import leave_signals_to_parent
 from .spans import EvalSpans, Spans

@@ -2,7 +2,6 @@
 
 import errno
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from .addresses import shown
 from .errors import InputError
 
 T = TypeVar("T")
@@ -54,11 +54,6 @@ class Changed(OSError):
     """What came is complete, but not what the index says."""
 
     is_final = False
-
-
-def shown(url: str) -> str:
-    """Returns the URL without password and query, which may hold a signature, for messages; a path as it is."""
-    return url if "://" not in url else re.sub(r"(?<=://)[^/@]*@|\?.*", "", url)
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

@@ -15,17 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .addresses import is_remote, shown
 from .errors import InputError
-from .patience import PATIENCE, Absent, Changed, Patience, Refused, Stalled, persist, shown, unwritable
+from .patience import PATIENCE, Absent, Changed, Patience, Refused, Stalled, persist, unwritable
 
 T = TypeVar("T")
 
 SAME_BODY_TRIES = 3  # a body that is complete, but not as the index says, is believed after so many
-
-
-def is_remote(location: str) -> bool:
-    """Returns True for a URL, False for a path."""
-    return "://" in location
 
 
 def fetch(

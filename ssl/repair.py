@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from .addresses import is_remote, shown
 from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE, read_dataset
 from .entries import IMAGE_EXTENSIONS, Sample, ShardEntries, group, image_of, scan_shard
 from .errors import InputError, printable
 from .files import remove_leftovers, replace_file, write_json, write_text
-from .patience import shown
-from .remote import is_remote
 from .shard_config import RepairConfig
 from .shard_names import shard_paths, sources
 from .sidecar import Known, read_sidecar

@@ -22,8 +22,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .addresses import folder_of, shard_name, shown
 from .errors import InputError
-from .patience import shown, unwritable
+from .patience import unwritable
 
 LONGEST_WAIT_S = 0.05  # between two looks for a file
 SHARDS, REQUESTS = "shards-", "requests-"
@@ -51,7 +52,8 @@ class ShardCache:
         self.contents = None if contents is None else list(contents)
         states = list(zip(self.urls, self.sizes, self.contents or [""] * len(self.urls), strict=True))
         self.names = [_file_name(*state) for state in states]  # below `folder`
-        if twice := next((url for url, count in Counter(self.urls).items() if count > 1), None):
+        places = Counter(map(_place, self.urls))
+        if twice := next((url for url in self.urls if places[_place(url)] > 1), None):
             raise InputError(f"shards: {shown(twice)} is named twice")
         listing = "\n".join(f"{url} {size} {content}" for url, size, content in states)
         self.desk = self.folder / f"{REQUESTS}{_hash(listing)}"
@@ -177,10 +179,13 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def _place(url: str) -> tuple[str, str]:
+    return shown(folder_of(url)), shard_name(url)
+
+
 def _file_name(url: str, size: int, content: str) -> str:
     """Returns SUBFOLDER/NAME, the same in every run for the same state of what is behind the URL."""
-    place = url.partition("?")[0]
-    folder, _, name = place.rpartition("/")
+    folder, name = _place(url)
     plain = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII).lstrip(".")[-100:]
-    state = _hash(f"{url} {size} {content}")  # of the whole URL: two may differ in nothing but what was taken away
+    state = _hash(f"{name} {size} {content}")  # of the whole name: two may differ in nothing but what was taken away
     return f"{SHARDS}{_hash(folder)}/{state}-{plain}"

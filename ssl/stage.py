@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Int
 
+from .addresses import shown
 from .augment import CenterCrop, RandomCrop
 from .batches import Samples
 from .config import DataConfig, RunConfig
@@ -23,7 +24,6 @@ from .index import ShardIndex, open_index, refuse_damage
 from .log import append_jsonl
 from .masking import MaskSampler
 from .order import Order, build_order
-from .patience import shown
 from .processes import build_accelerator, from_main
 from .released import Weights, encoder_spec, read_weights
 from .runs import open_run

@@ -10,15 +10,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from .addresses import folder_of, is_remote, shown
 from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, read_dataset
 from .entries import UNLABELLED
 from .errors import InputError, printable
 from .files import write_text
-from .patience import shown
-from .remote import is_remote
 from .shard_config import VerifyConfig
-from .shard_names import folder_of, shard_paths, sources
+from .shard_names import shard_paths, sources
 
 SHOWN = 20  # findings on the screen
 

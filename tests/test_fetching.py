@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import loopback
 import numpy as np
@@ -28,13 +29,13 @@ from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.finetune.linear_probe import linear_probe
 from quarterlight.ssl import remote
 from quarterlight.ssl.augment import CenterCrop
-from quarterlight.ssl.batches import Samples
+from quarterlight.ssl.batches import Samples, refuse_bad
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import PretrainConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.fetcher import Fetcher
 from quarterlight.ssl.fetching import Fetching, ranks_of_machine, remote_shards
-from quarterlight.ssl.index import ShardIndex, open_index
+from quarterlight.ssl.index import ShardIndex, open_index, refuse_damage
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.patience import Patience
@@ -411,6 +412,57 @@ def test_a_shard_written_anew_is_not_read_by_its_old_index(web, tmp_path, monkey
         del web.files["/one/index.npz"]
     with pytest.raises(InputError, match=r"train-0000.tar cannot be fetched.*other samples came than the index lists"):
         seen(web, tmp_path / "cache")
+
+
+# Addresses with a signature
+
+
+def signed(web: loopback.WebServer, signature: str, *, password: str = "") -> str:
+    """The shard `one` at an address as stores sign it, longer than a file may be called."""
+    address = f"{web.url.replace('://', f'://{password}')}/one/train-0000.tar?X-Signature={signature}/{'b' * 300}"
+    path = unquote(address.partition("/one")[2])
+    web.files[f"/one{path}"] = web.files["/one/train-0000.tar"]
+    return address
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_signed_address_is_read_and_signed_anew_it_is_the_same(web, tmp_path, has_index, capsys):
+    there = rewritten_at(web, tmp_path / "shards", backwards=False)
+    if not has_index:
+        del web.files["/one/index.npz"]
+    fingerprints = set()
+    for signature in ("secret1", "secret2"):
+        index = open_index(signed(web, signature), cache_dir=tmp_path / "cache")
+        fetching = Fetching(10**9, enabled=True)
+        fetching.follow(index, [(0, 0)])
+        try:
+            assert [hashlib.sha256(index.read(i)).hexdigest() for i in range(4)] == [x for _, x in there]
+        finally:
+            fetching.close()
+        fingerprints.add(index.fingerprint())
+    assert fingerprints == {open_index(str(tmp_path / "shards" / "train-0000.tar")).fingerprint()}
+    assert sum("/train-0000.tar" in request for request in web.requests) == (1 if has_index else 2)
+    assert "secret" not in capsys.readouterr().out
+
+
+def test_passwords_and_signatures_stay_out_of_what_is_told_of_samples(web, tmp_path):
+    rewritten_at(web, tmp_path / "shards", backwards=False)
+    web.files["/one/train-0000.tar"] = web.files["/one/train-0000.tar"][:5000]  # the last sample is cut
+    del web.files["/one/index.npz"]
+    index = open_index(signed(web, "secret", password="me:secret@"), cache_dir=tmp_path / "cache")
+    fetching = Fetching(10**9, enabled=True)
+    fetching.follow(index, [(0, 0)])
+    samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((16, 16), 1.0), 0)
+    try:
+        bad = samples.batch(0, 1).bad
+    finally:
+        fetching.close()
+    told = [*bad, *index.defects, *index.describe_defects(), *index.label_defects()]
+    for refuse in (lambda: refuse_bad(bad), lambda: refuse_damage(index)):
+        with pytest.raises(InputError) as caught:
+            refuse()
+        told.append(str(caught.value))
+    assert len(told) > 4 and all("/one/train-0000.tar" in str(x) and "secret" not in str(x) for x in told)
 
 
 # A run that is stopped

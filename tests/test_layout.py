@@ -16,6 +16,7 @@ MAY_IMPORT = {"ssl": {"ssl"}, "finetune": {"ssl", "finetune"}, "launch": {"ssl",
 # A file of ssl/ imports only files that stand before it.
 ORDER = [
     "errors",
+    "addresses",
     "config",
     "shard_config",
     "parent",

@@ -137,6 +137,13 @@ def test_names_that_differ_in_odd_characters_or_the_query_stay_apart(tmp_path):
 def test_a_shard_named_twice_is_refused(tmp_path):
     with pytest.raises(InputError, match="s3://b/a.tar is named twice"):
         ShardCache(tmp_path, ["s3://b/a.tar"] * 2, [1, 1])
+    with pytest.raises(InputError, match="http://h/a.tar is named twice"):
+        ShardCache(tmp_path, ["http://h/a.tar?sig=1", "http://h/a.tar?sig=2"], [1, 1])
+
+
+def test_an_address_that_is_signed_anew_is_the_same_shard(tmp_path):
+    signed = [ShardCache(tmp_path, [f"https://{who}h/d/a.tar?sig={x}"], [1]) for who, x in (("", 1), ("me:pw@", 2))]
+    assert signed[0].path(0) == signed[1].path(0)
 
 
 # The plan
