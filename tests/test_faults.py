@@ -225,3 +225,28 @@ def test_the_average_is_that_of_the_formula(shards, tmp_path):
     found = load_file(states[-1] / "ema.safetensors")
     for name, value in average.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_continues_from_the_state_before_a_damaged_one_and_says_why(shards, tmp_path):
+    undisturbed = tmp_path / "undisturbed"
+    run(options(shards, undisturbed))
+    run_dir = tmp_path / "run"
+    run(options(shards, run_dir))
+    newest = run_dir / "state" / "step-00000012"
+    for name, damage, why in (
+        ("model.safetensors", lambda path: flip(path, 0.5), "is damaged"),
+        ("optimizer.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged"),
+        ("progress.json", lambda path: path.unlink(), "cannot be read"),
+    ):
+        damage(newest / name)
+        done = run(options(shards, run_dir))
+        assert re.search(rf"step-00000012: {name} {why}.*; it is passed over", done.stdout), done.stdout
+        assert "continuing from step 8 of 12" in done.stdout
+        assert_same_weights(run_dir, undisturbed)
+        assert [x["step"] for x in logged(run_dir)] == list(range(1, 13))
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
