@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .attention import choose_attention
 from .batches import Batch, Samples
@@ -218,6 +219,8 @@ class _Loop:
             self.watch.move(step, "computing")
             keys += batch.keys
             self._record(batch, step)
+            if step == self.first_step and i == 0:
+                self._rehearse(batch)
             last = i + 1 == self.accum_steps
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, metrics = self.model(batch.to(self.accelerator.device))
@@ -231,6 +234,21 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.meter.end_step(norm, skipped)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Does a pass in front of the first step of this process, of which nothing is kept.
+
+        DDP arranges its buckets anew by the order in which gradients first arrive, and in which order the numbers of
+        three or more processes are added depends on that: a continued run would end with other last bits.
+        """
+        if self.accelerator.num_processes < 3 or not isinstance(self.model, DistributedDataParallel):
+            return
+        before = [buffer.clone() for buffer in self.task.buffers()]
+        self.accelerator.backward(self.model(batch.to(self.accelerator.device))[0])
+        self.optimizer.zero_grad()
+        for buffer, value in zip(self.task.buffers(), before, strict=True):  # running means of batch norms
+            buffer.copy_(value)
+        _reseed(step_seed(self.config.seed, "step", self.first_step, self.rank))
 
     def _end_step(self) -> None:
         """Logs, saves and evaluates where it is time to. Raises Stopped."""
