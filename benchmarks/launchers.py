@@ -36,8 +36,8 @@ def main() -> None:
             saved = saved_step(run_dir)
             whole = saved == steps_logged(run_dir) and continued
             print(
-                f"| {launcher} | {sent.name} | {outcome.code} | {outcome.launcher_s:.1f} s | {outcome.processes_s:.1f} s "
-                f"| {'saved' if whole else 'NOT saved'} |",
+                f"| {launcher} | {sent.name} | {outcome.code} | {outcome.launcher_s:.1f} s | "
+                f"{outcome.processes_s:.1f} s | {'saved' if whole else 'NOT saved'} |",
                 flush=True,
             )
             figures.append(

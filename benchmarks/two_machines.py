@@ -2,9 +2,9 @@
 
 python benchmarks/two_machines.py --dir runs/two-machines          (as root, on Linux, with iproute2)
 
-Two network namespaces of this machine, joined by a switch in a third one, are two machines of two processes each;
-the real command is started on both by the real launchers. The link is cut for 30 s, and for good; then the same commands
-are started again. Everything is compared with a run that was not disturbed.
+Two network namespaces of this machine, joined by a switch in a third one, are machines of two processes each;
+the real command is started on both by the real launchers. The link is cut for 30 s, and for good; then the same
+commands are started again. Everything is compared with a run that was not disturbed.
 """
 
 import argparse

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .attention import choose_attention
-from .batches import Samples
+from .batches import Batch, Samples
 from .config import StageConfig
 from .errors import InputError, ProcessError, Stopped
 from .incidents import Incidents, record_files
@@ -184,6 +185,8 @@ class _Loop:
             self.watch.move(step, "computing")
             keys += batch.keys
             self.incidents.note(batch, step)
+            if step == self.first_step and i == 0:
+                self._rehearse(batch)
             last = i + 1 == self.accum_steps
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
@@ -200,6 +203,21 @@ class _Loop:
         if self.hooks.whole.ema is not None:
             self.hooks.whole.ema.update(self.task, step + 1)
         self.meter.end_step(norm, skipped)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Does a pass in front of the first step of this process, of which nothing is kept.
+
+        DDP arranges its buckets anew by the order in which gradients first arrive, and in which order the numbers of
+        three or more processes are added depends on that: a continued run would end with other last bits.
+        """
+        if self.accelerator.num_processes < 3 or not isinstance(self.model, DistributedDataParallel):
+            return
+        before = [buffer.clone() for buffer in self.task.buffers()]
+        self.accelerator.backward(self.model(batch.to(self.accelerator.device))[0])
+        self.optimizer.zero_grad()
+        for buffer, value in zip(self.task.buffers(), before, strict=True):  # running means of batch norms
+            buffer.copy_(value)
+        _reseed(step_seed(self.config.seed, "step", self.first_step, self.rank))
 
     def _end_step(self) -> None:
         """Logs, saves and evaluates where it is time to. Raises Stopped."""
