@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import InputError
-from .files import replace_folder, write_tensors
+from .files import replace_folder, sha256_of, write_tensors
 from .sharding import whole
 
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
@@ -168,13 +167,8 @@ def _delete(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    def digests() -> Iterator[tuple[str, str]]:
-        for name in (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE):
-            if (path := folder / name).exists():
-                with path.open("rb") as file:
-                    yield name, hashlib.file_digest(file, "sha256").hexdigest()
-
-    return dict(digests())
+    names = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE)
+    return {name: sha256_of(folder / name) for name in names if (folder / name).exists()}
 
 
 def _sealed(progress: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Files that are complete or absent: written beside, synced, and renamed into place."""
 
+import hashlib
 import json
 import os
 import re
@@ -95,3 +96,9 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE, read_dataset
 from .entries import IMAGE_EXTENSIONS, Sample, ShardEntries, group, image_of, scan_shard
 from .errors import InputError, printable
-from .files import remove_leftovers, replace_file, write_json, write_text
+from .files import remove_leftovers, replace_file, sha256_of, write_json, write_text
 from .shard_config import RepairConfig
 from .shard_names import shard_paths, sources
 from .sidecar import Known, read_sidecar
@@ -201,7 +201,10 @@ def _update_split(folder: Path, info: dict[str, Any], names: set[str]) -> None:
     for shard in info["shards"]:
         found = entries[shard["name"]]
         if shard["name"] in names and found is not None:
-            shard |= {"samples": len(found.keys), "bytes": (folder / shard["name"]).stat().st_size}
+            file = folder / shard["name"]
+            shard |= {"samples": len(found.keys), "bytes": file.stat().st_size}
+            if "sha256" in shard:
+                shard["sha256"] = sha256_of(file)
     info["samples"] = sum(shard["samples"] for shard in info["shards"])
     if info["per_class"] is not None:
         labels = np.concatenate([found.label for found in entries.values() if found is not None])

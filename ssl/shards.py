@@ -26,7 +26,7 @@ from webdataset.writer import TarWriter
 from .addresses import folder_of, is_remote, shard_name, shown
 from .encode import Encoded, ImageEncoder
 from .errors import InputError
-from .files import replace_file, write_json
+from .files import replace_file, sha256_of, write_json
 from .randoms import hashes
 from .remote import fetch
 from .shard_config import ReshardConfig, ShardsConfig
@@ -183,7 +183,8 @@ def _write_tar(path: Path, encoded: Iterator[Encoded], start: int, config: Shard
                 tar.close()
             raise
     counts = {str(label): count for label, count in per_class.items() if label is not None}
-    return {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
+    found = {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
+    return found | {"sha256": sha256_of(path)}
 
 
 def _key(image: SourceImage, position: int) -> str:
