@@ -146,7 +146,7 @@ class _Loop:
         if self.saver.saved_step != self.done:
             if self.meter.steps:  # else they were read, and logged, behind this step
                 self._read_figures()
-            self._save()
+            self._save(leaving=True)
         if self.accelerator.is_main_process:
             facts = {"preempted": True, "signal": self.signals.received, "step": self.done, "steps": self.total_steps}
             write_result(self.run_dir, self.hooks.command, finished=False, **facts)
@@ -249,12 +249,12 @@ class _Loop:
             self.hooks.whole.follow(self.task)
             return self.hooks.evaluate(self.done, self.log, self.signals)
 
-    def _save(self) -> None:
+    def _save(self, *, leaving: bool = False) -> None:
         self.progress |= {"step": self.done, "samples_seen": self.done * self.config.batch_size}
         if self.accelerator.scaler is not None:
             self.progress["scaler"] = self.accelerator.scaler.state_dict()
         with self.watch.during("saving"):
-            if refusal := self.saver.save(self.progress, last=self.done == self.total_steps):
+            if refusal := self.saver.save(self.progress, last=self.done == self.total_steps, leaving=leaving):
                 self.log.say(refusal)
 
     def _clip(self) -> Tensor:

@@ -89,10 +89,11 @@ class Saver:
         if self.accelerator.is_main_process:
             self.export(progress)
 
-    def save(self, progress: dict[str, Any], *, last: bool) -> str | None:
+    def save(self, progress: dict[str, Any], *, last: bool, leaving: bool = False) -> str | None:
         """Saves a state and, except behind the last step, releases weights. Returns what went wrong, if anything.
 
-        Raises InputError when it could not for the second time in a row, or for the last state of a run.
+        Raises InputError when it could not for the second time in a row, or where no next time follows: for the last
+        state of a run, or of one that is left.
         """
         tensors, refusal = state_tensors(self.task, self.optimizer, self.whole.average), None
         self.whole.take(tensors.model)
@@ -110,6 +111,6 @@ class Saver:
             return None
         kept = f"the state of {self.folder.name} is whole" if self.folder else "no state was saved before"
         what = f"step {progress['step']}: {refusal}; {kept}"
-        if last or again:
+        if last or leaving or again:
             raise InputError(f"{what}. Make room or mend the disk; the same command then continues from there")
         return f"{what}. The run goes on, and ends if it cannot save the next time either"

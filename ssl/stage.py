@@ -103,7 +103,7 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
 
 def _open_shared_run(config: RunConfig, accelerator: Accelerator) -> Path:
     """Opens the run folder, by the main process, and makes sure that all processes see it. Raises InputError."""
-    run_dir, mark, mistake = Path(config.run_dir), f".seen-{os.urandom(8).hex()}", None
+    run_dir, mark, mistake = Path(config.run_dir), f".seen-{os.urandom(8).hex()}.partial", None
     if accelerator.is_main_process:
         try:
             open_run(config)

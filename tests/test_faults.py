@@ -250,3 +250,16 @@ def flip(path: Path, place: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 1
     path.write_bytes(content)
+
+
+def test_a_run_that_is_stopped_on_a_full_disk_says_that_its_state_is_not_saved(shards, tmp_path):
+    state_kb, _ = room_for(shards, tmp_path)
+    disk = tmp_path / "disk"
+    with small_disk(disk, int(0.5 * state_kb) + 60):
+        words = command("pretrain.py", options(shards, disk / "run", save_every_steps="1000"))
+        script = tmp_path / "until.py"
+        script.write_text(UNTIL.format(stop_at=5, script=words[1]))
+        done = subprocess.run([words[0], str(script), *words[2:]], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert re.search(r"error: step 5: .*No space left on device.*; no state was saved before", done.stderr)
+        assert "its state saved" not in done.stdout
