@@ -286,15 +286,20 @@ def test_left_to_themselves_remote_shards_come_in_blocks_and_eight_lanes(web, da
     assert records(start(given)) == records(start(train_options(data.train, tmp_path / "local", **same)))
 
 
-def test_a_run_that_began_with_local_shards_goes_on_with_the_same_samples_or_is_refused(web, data, tmp_path):
-    order = {"data.lanes": "null", "data.block_samples": "null"}
+@pytest.mark.parametrize("lanes", ["null", "2"])
+def test_a_run_that_began_with_local_shards_goes_on_with_the_same_samples_or_is_refused(web, data, tmp_path, lanes):
+    order = {"data.lanes": lanes, "data.block_samples": "16"}
     run_dir = start(train_options(data.train, tmp_path / "run", **order))
     wanted = records(run_dir)
     shutil.rmtree(run_dir / "state" / "step-00000012")
     (run_dir / "result.json").unlink()
-    with contextlib.suppress(InputError):
-        start(remote_options(web, data, tmp_path, room=SHARDS + 1, **order, **{"data.val": "null"}))
-        assert records(run_dir) == wanted
+    again = remote_options(web, data, tmp_path, room=SHARDS + 1, **order, **{"data.val": "null"})
+    if lanes == "null":  # none for local shards, eight for remote ones
+        with pytest.raises(InputError, match="lanes"):
+            start(again)
+    else:
+        start(again)
+    assert records(run_dir) == wanted
 
 
 # The index of what is remote
