@@ -4,9 +4,11 @@ Nothing that happens in them reaches a real network. Needs root and iproute2.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +44,8 @@ class Hosts:
         _ip("-n", self.names[2], "link", "set", "port1", "up")
 
     def open(self) -> None:
+        for name in _left_behind():
+            _remove(name)
         *machines, switch = self.names
         for name in self.names:
             _ip("netns", "add", name)
@@ -58,21 +62,20 @@ class Hosts:
     def close(self) -> None:
         """Ends whatever runs on the machines, and removes them."""
         for name in self.names:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            _remove(name)
 
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
+    """Yields two machines, which are gone at the end, also where the program is asked to end before."""
     hosts = Hosts(folder)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         hosts.open()
         yield hosts
     finally:
         hosts.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def why_not() -> str:
@@ -98,6 +101,22 @@ def why_not() -> str:
     finally:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return ""
+
+
+def _remove(name: str) -> None:
+    """Ends whatever runs in a namespace, and removes it."""
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def _left_behind() -> list[str]:
+    """Returns the namespaces of programs that were killed."""
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+    ours = [name for name in names if re.fullmatch(r"quarterlight-\d+-\w+", name)]
+    return [name for name in ours if not Path(f"/proc/{name.split('-')[1]}").exists()]
 
 
 def _ip(*words: str) -> None:
