@@ -11,8 +11,9 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from .errors import InputError, ProcessError, printable
 from .fetching import Fetching, ranks_of_machine, remote_shards
 from .order import ShardPlan
 from .ring import InRing, Ring
-from .signals import leave_signals_to_parent
+from .signals import ignored_by_children, leave_signals_to_parent
 from .spans import EvalSpans, Spans
 from .watch import AGAIN
 
@@ -213,6 +214,10 @@ def _start_method(cuda: bool) -> Any:
     context = multiprocessing.get_context("forkserver" if cuda else "fork")
     if cuda:
         context.set_forkserver_preload([__name__])
+        # Both are programs of their own, and a signal to all processes of a job would end them, and the workers.
+        with ignored_by_children() if threading.current_thread() is threading.main_thread() else nullcontext():
+            resource_tracker.ensure_running()
+            forkserver.ensure_running()
     return context
 
 

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,7 +20,7 @@ ONE_REQUEST_S = 1.0  # what follows so soon is the same request: a terminal and 
 
 
 class StopSignals:
-    """Notes the first signal as `received`; the second one ends the process at once.
+    """Notes the first signal as `received`; the second one ends the process at once, whatever it waits for.
 
     SIGUSR1 never does: schedulers send it as a warning before SIGTERM, and it stands for the launcher's end here.
     """
@@ -28,7 +31,13 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._handle) for number in REQUESTS}
+        # Python's handlers run between two steps of the main thread, and that may hang in a collective operation. So
+        # the interpreter's own handler, in C, tells a thread, which is never busy.
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._pipe, self._wakeup_before = (reader, writer), signal.set_wakeup_fd(writer.fileno())
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        self._before = {number: signal.signal(number, _noted_by_the_thread) for number in REQUESTS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -36,20 +45,44 @@ class StopSignals:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        for end in self._pipe:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # close alone would leave the thread waiting
+            end.close()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def _listen(self, reader: socket.socket) -> None:
+        with suppress(OSError):
+            while number := reader.recv(1):
+                if number[0] in REQUESTS:
+                    self._note(number[0])
+
+    def _note(self, number: int) -> None:
         now = time.monotonic()
         if self.received is None:
-            self.received, self._received_at = signal.Signals(number).name, now
+            self._received_at, self.received = now, signal.Signals(number).name
             if is_local_main():
                 again = "SIGTERM" if number == signal.SIGUSR1 else "the same signal again"
                 said = f"{self.received}: saving at the end of this step; {again} stops at once\n"
                 with suppress(OSError):
-                    os.write(sys.stderr.fileno(), said.encode())  # print could be interrupted by itself
+                    os.write(sys.stderr.fileno(), said.encode())
         elif number != signal.SIGUSR1 and now - self._received_at > ONE_REQUEST_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            os._exit(128 + number)  # as shells call a process that died of it
+
+
+def _noted_by_the_thread(number: int, frame: FrameType | None) -> None:
+    del number, frame
+
+
+@contextmanager
+def ignored_by_children() -> Iterator[None]:
+    """Has programs that are started meanwhile ignore what only the training process answers to."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in REQUESTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_signals_to_parent() -> None:
@@ -68,6 +101,7 @@ def leave_signals_to_parent() -> None:
             os.kill(os.getpid(), number)
         first = False
 
+    signal.set_wakeup_fd(-1)  # a forked worker shares that of its training process
     signal.signal(signal.SIGTERM, on_term)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,8 +147,78 @@ def test_the_second_signal_stops_at_once(shards, tmp_path):
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == -signal.SIGTERM
+    assert process.wait(30) == 128 + signal.SIGTERM
     assert not (run_dir / "state").exists()
+
+
+FORKSERVER = """
+import runpy
+from quarterlight.ssl import loader
+original = loader._start_method
+loader._start_method = lambda cuda: original(True)
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_workers_as_they_are_started_beside_a_gpu_do_not_die_of_a_jobs_signal(shards, tmp_path, name):
+    """16 micro-batches a step: it cannot be finished by what has been read ahead."""
+    run_dir = tmp_path / "run"
+    given = {"num_workers": "1", "batch_size": "16", "micro_batch_size": "1", "run_dir": str(run_dir)}
+    words = command("pretrain.py", LONG | given | {"data.train": shards[0]})
+    script = tmp_path / "forkserver.py"
+    script.write_text(FORKSERVER.replace("SCRIPT", repr(words[1])))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([words[0], str(script), *words[2:]], env=ENVIRONMENT, start_new_session=True, **pipes)
+    wait_for(run_dir / "metrics.jsonl", lines(2), process)
+    os.killpg(process.pid, getattr(signal, name))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "Traceback" not in said, said
+    assert len(list((run_dir / "state").glob("step-*"))) == 1
+
+
+HANGING = """
+import os, signal, sys, threading, time
+import torch.distributed as dist, torch
+from quarterlight.ssl.signals import StopSignals
+dist.init_process_group("gloo")
+with StopSignals():
+    if dist.get_rank() == 0:
+        print("waiting", flush=True)
+        dist.all_reduce(torch.ones(1))  # in C++, where no handler of Python's runs
+    else:
+        time.sleep(600)
+"""
+
+
+def test_the_second_signal_ends_a_process_that_waits_for_another_one():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGING],
+            env=ENVIRONMENT | group | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while "waiting" not in (line := ranks[0].stdout.readline()):
+            assert line, "it ended"
+        time.sleep(1)
+        ranks[0].send_signal(signal.SIGTERM)
+        assert "SIGTERM: saving at the end of this step" in ranks[0].stdout.readline()
+        time.sleep(1.2)
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ranks[0].wait(30) == 128 + signal.SIGTERM
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 TINY_FINETUNE = TINY | {
