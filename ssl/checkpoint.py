@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import InputError
 from .files import replace_folder, sha256_of, write_tensors
-from .sharding import whole
+from .sharding import gathered
 
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -39,7 +39,7 @@ class Damaged(InputError):
 
 
 class Tensors(NamedTuple):
-    """What a state holds, in host memory or wherever the parameters are."""
+    """What a state holds, wherever the parameters are; of sharded ones in host memory."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -51,14 +51,21 @@ def state_folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "state").glob("step-*") if path.is_dir())
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> Tensors:
-    """Returns whole tensors under the model's own names; where processes hold parts, all of them must call it."""
-    moments = {
-        f"{name}:{moment}": whole(value)
+def state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None, *, keep: bool = True
+) -> Tensors:
+    """Returns whole tensors under the model's own names.
+
+    Where processes hold parts, all of them must call it; they gather one tensor after another, and only those that
+    `keep` have them all in the end, in host memory.
+    """
+    moments = (
+        (f"{name}:{moment}", value)
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-    return Tensors(_tensors(model), moments, None if ema is None else _tensors(ema))
+    )
+    average = None if ema is None else gathered(ema.state_dict().items(), keep=keep)
+    return Tensors(gathered(model.state_dict().items(), keep=keep), gathered(moments, keep=keep), average)
 
 
 def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, keep: int) -> Path:
@@ -81,8 +88,10 @@ def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, kee
 def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Returns the newest state that is whole, and a sentence for each newer one, which is set aside.
 
-    Raises InputError when there are states and none is whole.
+    Deletes what killed processes have left half written. Raises InputError when there are states and none is whole.
     """
+    for leftover in [*(run_dir / "state").glob(".step-*.partial"), *(run_dir / "state").glob(".step-*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     passed_over: list[str] = []
     folders = state_folders(run_dir)
     damaged = []
@@ -152,10 +161,6 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         else:
             placed = value.to(parameter.device)
         optimizer.state[parameter][moment] = placed
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(x) for name, x in module.state_dict().items()}
 
 
 def _delete(folder: Path) -> None:

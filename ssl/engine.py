@@ -27,7 +27,7 @@ from .log import RunLog, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
 from .order import settings_of
-from .processes import Verdicts, micro_batch_size
+from .processes import Verdict, Verdicts, micro_batch_size
 from .randoms import step_seed
 from .runs import write_result
 from .saving import Saver
@@ -143,6 +143,7 @@ class _Loop:
 
     def leave(self) -> None:
         """Saves the state of a run that was asked to stop, and says so in result.json."""
+        self._judge(self.verdicts.known(wait=True))
         if self.saver.saved_step != self.done:
             if self.meter.steps:  # else they were read, and logged, behind this step
                 self._read_figures()
@@ -156,7 +157,8 @@ class _Loop:
     def _resumed(self) -> dict[str, Any]:
         """Returns the progress of the newest state, its parameters loaded, or that of a new run."""
         fingerprint, order = self.samples.index.fingerprint(), settings_of(self.samples.order)
-        new = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "skipped_steps": 0, "figures": {}}
+        new = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "skipped_steps": 0, "skipped_in_a_row": 0}
+        new["figures"] = {}
         progress = new | (self.saver.resume() or {})
         if progress["data_fingerprint"] != fingerprint:
             raise InputError(
@@ -170,7 +172,7 @@ class _Loop:
                 "data.block_samples, data.repeats and the sources as they were (remote shards have other defaults than "
                 "local ones)"
             )
-        for path in record_files(self.run_dir, self.rank):
+        for path in record_files(self.run_dir, self.rank, self.accelerator.num_processes):
             drop_later_records(path, progress["step"] - 1)  # their steps count from 0, and come again
         return progress
 
@@ -226,9 +228,7 @@ class _Loop:
         save_now = last or _due(done, config.save_every_steps)
         self.log.advance()
         verdicts = self.verdicts.known(wait=log_now or save_now)
-        for verdict in verdicts:
-            self.progress["skipped_steps"] += verdict.skipped
-            self.incidents.judge(verdict)
+        self._judge(verdicts)
         if log_now or save_now:
             self._read_figures()
         if log_now:
@@ -244,9 +244,14 @@ class _Loop:
             self._evaluate()
         self.meter.pause(paused_at)
 
+    def _judge(self, verdicts: list[Verdict]) -> None:
+        for verdict in verdicts:
+            self.progress["skipped_steps"] += verdict.skipped
+            self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * verdict.skipped
+            self.incidents.judge(verdict, self.progress["skipped_in_a_row"])
+
     def _evaluate(self) -> Figures:
-        with self.watch.during("evaluating"):
-            self.hooks.whole.follow(self.task)
+        with self.watch.during("evaluating"), self.hooks.whole.following(self.task):
             return self.hooks.evaluate(self.done, self.log, self.signals)
 
     def _save(self, *, leaving: bool = False) -> None:

@@ -23,10 +23,18 @@ BAD_SAMPLES_ALLOWED = 10  # however few were read: a share of a few samples says
 BAD_SAMPLES_FILE, BAD_STEPS_FILE = "bad_samples.jsonl", "bad_steps.jsonl"
 
 
-def record_files(run_dir: Path, rank: int) -> list[Path]:
-    """Returns the records, besides metrics, that this process writes."""
-    names = [f"samples-rank{rank}.jsonl", *([BAD_SAMPLES_FILE, BAD_STEPS_FILE] if rank == 0 else [])]
-    return [run_dir / name for name in names]
+def samples_file(run_dir: Path, rank: int) -> Path:
+    """Returns where a process lists what it has seen, when asked to."""
+    return run_dir / f"samples-rank{rank}.jsonl"
+
+
+def record_files(run_dir: Path, rank: int, world_size: int) -> list[Path]:
+    """Returns the records, besides metrics, that this process keeps in order; the first one also what is left of ranks
+    that there are no more."""
+    if rank > 0:
+        return [samples_file(run_dir, rank)]
+    current = {samples_file(run_dir, other) for other in range(1, world_size)}
+    return [run_dir / BAD_SAMPLES_FILE, run_dir / BAD_STEPS_FILE, *set(run_dir.glob("samples-rank*.jsonl")) - current]
 
 
 class Incidents:
@@ -34,7 +42,6 @@ class Incidents:
 
     def __init__(self, run_dir: Path, log: RunLog, accelerator: Accelerator, config: StageConfig) -> None:
         self.run_dir, self.log, self.accelerator, self.config = run_dir, log, accelerator, config
-        self._skipped_in_a_row = 0
         self._unreadable: list[dict[str, Any]] = []  # to be listed
         self._listed = 0  # of all processes, since the start of this one
 
@@ -53,11 +60,10 @@ class Incidents:
             }
             for key, image, mask in zip(batch.keys, batch.images, masks, strict=True)
         ]
-        append_jsonl(record_files(self.run_dir, self.accelerator.process_index)[0], records)
+        append_jsonl(samples_file(self.run_dir, self.accelerator.process_index), records)
 
-    def judge(self, verdict: Verdict) -> None:
-        """Lists a skipped step; all processes skip the same. Raises InputError after too many in a row."""
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if verdict.skipped else 0
+    def judge(self, verdict: Verdict, in_a_row: int) -> None:
+        """Lists a skipped step; all processes skip the same. Raises InputError after too many `in_a_row`."""
         if not verdict.skipped:
             return
         losses, keys = gather_object([verdict.loss]), gather_object(verdict.keys)
@@ -67,9 +73,9 @@ class Incidents:
             BAD_STEPS_FILE, [{"step": verdict.step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}]
         )
         self.log.say(f"step {verdict.step + 1}: {what}, so it is skipped ({BAD_STEPS_FILE} has its samples)")
-        if self._skipped_in_a_row > self.config.max_skipped_steps:
+        if in_a_row > self.config.max_skipped_steps:
             raise InputError(
-                f"{what} at step {verdict.step + 1}, and {self._skipped_in_a_row} steps in a row were skipped for such "
+                f"{what} at step {verdict.step + 1}, and {in_a_row} steps in a row were skipped for such "
                 f"(max_skipped_steps {self.config.max_skipped_steps}; first samples: {', '.join(keys[:4])}): lower "
                 "optim.base_lr, set optim.clip_grad 1, or use --precision no, in a new run_dir if this one holds states"
             )

@@ -101,7 +101,9 @@ def pretrain(config: PretrainConfig) -> Figures:
     def measured(model: nn.Module) -> nn.Module:
         if not has_batch_norm(model):
             return model
-        return with_statistics_of(model, map(whole.module.normalize, statistics_images))
+        device = next(model.parameters()).device  # the host's, of the copy of a sharded one
+        normalize = whole.module.normalize.to(device)
+        return with_statistics_of(model, (normalize(images.to(device)) for images in statistics_images))
 
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)

@@ -85,9 +85,9 @@ class Saver:
 
     def release(self, progress: dict[str, Any]) -> None:
         """Writes the released weights, at the end."""
-        self.whole.follow(self.task)
-        if self.accelerator.is_main_process:
-            self.export(progress)
+        with self.whole.following(self.task):
+            if self.accelerator.is_main_process:
+                self.export(progress)
 
     def save(self, progress: dict[str, Any], *, last: bool, leaving: bool = False) -> str | None:
         """Saves a state and, except behind the last step, releases weights. Returns what went wrong, if anything.
@@ -95,7 +95,8 @@ class Saver:
         Raises InputError when it could not for the second time in a row, or where no next time follows: for the last
         state of a run, or of one that is left.
         """
-        tensors, refusal = state_tensors(self.task, self.optimizer, self.whole.average), None
+        writes = self.accelerator.is_main_process
+        tensors, refusal = state_tensors(self.task, self.optimizer, self.whole.average, keep=writes), None
         self.whole.take(tensors.model)
         if self.accelerator.is_main_process:
             try:

@@ -5,7 +5,8 @@ What a single process does with a network, release, draw or evaluate it, it does
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from accelerate import Accelerator
@@ -64,10 +65,16 @@ class Whole(Generic[Module]):
         self._device = accelerator.device
         self.module = copy.deepcopy(module) if self._sharded else module
 
-    def follow(self, module: Module) -> None:
-        """Gathers what `module` has become; all processes must call it."""
-        if self._sharded:
-            self.take({name: whole(x) for name, x in module.state_dict().items()})
+    @contextmanager
+    def following(self, module: Module) -> Iterator[None]:
+        """Has the copy be what `module` has become, on the device; all processes must enter it."""
+        if not self._sharded:
+            yield
+            return
+        self.take(gathered(module.state_dict().items()))
+        self.module.to(self._device)
+        yield
+        self.module.cpu()  # the memory of a whole model is what sharding is to save
 
     @property
     def average(self) -> Module | None:
@@ -75,15 +82,22 @@ class Whole(Generic[Module]):
         return None if self.ema is None else self.ema.module  # type: ignore[return-value]
 
     def take(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over the whole tensors of the module."""
-        if self._sharded:
+        """Takes over the whole tensors of the module, in host memory; none are given to who does not keep them."""
+        if self._sharded and tensors:
             self.module.load_state_dict(tensors)
-            self.module.to(self._device)
 
 
-def whole(value: Tensor) -> Tensor:
-    """Returns all of a tensor that processes hold parts of, on every one of them; others as they are."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool = True) -> dict[str, Tensor]:
+    """Returns whole tensors: those that processes hold in parts in host memory, others as they are.
+
+    The processes gather one after another, and those that do not `keep` them drop each.
+    """
+    found = {}
+    for name, value in tensors:
+        whole = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        if keep:
+            found[name] = whole.contiguous()
+    return found
 
 
 def block_names(module: nn.Module, classes: Iterable[type]) -> list[str]:
