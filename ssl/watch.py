@@ -211,8 +211,8 @@ class Watch:
 
     def _keeper(self) -> str:
         """Returns who keeps the store: process 0, or the launcher of its machine."""
-        host = [said["host"] for rank, said in self._table.items() if rank == 0]
-        return f"the machine of process 0 ({', '.join([*host, os.environ.get('MASTER_ADDR', 'unknown')])})"
+        host, address = self._table.get(0, {}).get("host"), os.environ.get("MASTER_ADDR", "unknown")
+        return f"the machine of process 0 ({address if host in (None, address) else f'{host}, {address}'})"
 
     def _who_hangs(self) -> str:
         if absent := sorted(set(range(self.world_size)) - self._table.keys() - {self.rank}):
