@@ -173,7 +173,7 @@ class StageConfig(RunConfig):
     max_skipped_steps: int = 5
     """Steps in a row whose loss or gradients are not finite, each skipped, before the run stops."""
     stall_timeout_s: float = 900.0
-    """Seconds in which no step, save or evaluation ends, after which the run does, saying where it hangs."""
+    """Seconds in which no step, save or batch of an evaluation ends, until the run does, and says where it hangs."""
     grad_checkpointing: bool = False
     """Compute the blocks anew in the backward pass instead of keeping what they have computed: slower, less memory."""
     record_samples: bool = False

@@ -146,6 +146,8 @@ class Watch:
                     self._answered_at = time.monotonic()
                 except dist.DistNetworkError:  # it never connects again: `_judge` will see that it does not answer
                     return
+                except RuntimeError:  # it is out of time, perhaps: another beat may tell
+                    continue
 
     def _here(self, number: int) -> dict[str, Any]:
         step, phase, since = self.place
@@ -156,11 +158,12 @@ class Watch:
     def _listen(self) -> None:
         keys = {rank: self._key(rank) for rank in range(self.world_size)}
         there = [rank for rank in keys if rank in self._table or self._store.check([keys[rank]])]  # else get would wait
-        for rank, text in zip(there, self._store.multi_get([keys[rank] for rank in there]), strict=True):
-            said = json.loads(text)
+        texts = self._store.multi_get([keys[rank] for rank in there])
+        table = {rank: json.loads(text) for rank, text in zip(there, texts, strict=True)}
+        for rank, said in table.items():
             if said["beat"] != self._table.get(rank, {}).get("beat"):
                 self._heard_at[rank] = time.monotonic()
-            self._table[rank] = said
+        self._table = table  # at once, since the other threads read it
 
     def _judge(self) -> None:
         before = time.monotonic()
@@ -208,8 +211,8 @@ class Watch:
 
     def _keeper(self) -> str:
         """Returns who keeps the store: process 0, or the launcher of its machine."""
-        host = [said["host"] for rank, said in self._table.items() if rank == 0]
-        return f"the machine of process 0 ({', '.join([*host, os.environ.get('MASTER_ADDR', 'unknown')])})"
+        host, address = self._table.get(0, {}).get("host"), os.environ.get("MASTER_ADDR", "unknown")
+        return f"the machine of process 0 ({address if host in (None, address) else f'{host}, {address}'})"
 
     def _who_hangs(self) -> str:
         if absent := sorted(set(range(self.world_size)) - self._table.keys() - {self.rank}):
@@ -231,7 +234,7 @@ class Watch:
 
     def _all_named(self, ranks: list[int], where: str = "last seen in") -> str:
         """Returns "process 1 (host, pid 7; in step 3, computing)" and so on, some of them for all."""
-        table = self._table if self._store is not None else {self.rank: self._here(0)}
+        table = self._table | {self.rank: self._here(0)}
         named = [
             f"process {rank} ({said['host']}, pid {said['pid']}; {where} step {said['step'] + 1}, {said['phase']}"
             f"{said['detail'] and ': ' + said['detail']})"

@@ -48,13 +48,14 @@ for line in sys.stdin:
     for descriptor, where in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(where, descriptor)
     os.environ.update(job["environment"])
-    sys.argv = ["pretrain.py", *job["words"]]
+    sys.argv = ["a test", *job["words"]]
     with open(job["output"] + ".partial", "w") as file:
         file.write(str(os.getpid()))
     os.rename(job["output"] + ".partial", job["output"] + ".pid")
-    run_command(lambda: parse_config(PretrainConfig, ""), pretrain)
+    exec(job["code"])
     break
 """
+PRETRAIN = 'run_command(lambda: parse_config(PretrainConfig, ""), pretrain)'
 
 
 @dataclass
@@ -93,12 +94,12 @@ class Nursery:
         self.process = subprocess.Popen([sys.executable, "-c", FORK], stdin=subprocess.PIPE, env=environment, text=True)
 
     @contextmanager
-    def run(self, count: int, options: dict[str, str]) -> Iterator[list[Rank]]:
-        """Starts pretraining as `count` processes; kills what is left of them at the end."""
+    def run(self, count: int, options: dict[str, str], *, code: str = PRETRAIN) -> Iterator[list[Rank]]:
+        """Starts pretraining, or other code, as `count` processes; kills what is left of them at the end."""
         ranks = []
         try:
             for environment in environments(count):
-                ranks.append(self._start(arguments(options), environment))
+                ranks.append(self._start(code, arguments(options), environment))
             yield ranks
         finally:
             for rank in ranks:
@@ -106,11 +107,11 @@ class Nursery:
                     with suppress(ProcessLookupError):
                         os.kill(rank.pid, signal.SIGKILL)  # its data workers go with it
 
-    def _start(self, words: list[str], environment: dict[str, str]) -> Rank:
+    def _start(self, code: str, words: list[str], environment: dict[str, str]) -> Rank:
         self.count += 1
         output = self.folder / f"output-{self.count}.txt"
         assert self.process.stdin is not None
-        job = {"words": words, "environment": environment, "output": str(output)}
+        job = {"code": code, "words": words, "environment": environment, "output": str(output)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         pid = Path(f"{output}.pid")

@@ -4,15 +4,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY, arguments
-from ranks import LONG, PATIENCE_S, Nursery, Rank, environments, is_running, steps_logged, wait_until
+from conftest import TINY
+from ranks import LONG, Nursery, Rank, is_running, steps_logged, wait_until
 
 HERE = re.escape(socket.gethostname())
 
@@ -150,18 +148,13 @@ dist.destroy_process_group()
 """
 
 
-def test_a_long_save_of_the_main_process_is_waited_for():
-    words = [sys.executable, "-c", LONG_SAVE]
-    both = [
-        subprocess.Popen(words, env=os.environ | ranked, stderr=subprocess.PIPE, text=True)
-        for ranked in environments(2)
-    ]
-    said = [one.communicate(timeout=PATIENCE_S)[1] for one in both]
-    assert [one.returncode for one in both] == [0, 0], said
+def test_a_long_save_of_the_main_process_is_waited_for(nursery):
+    with nursery.run(2, {}, code=LONG_SAVE) as both:
+        assert [rank.ended() for rank in both] == [0, 0], both[0].said() + both[1].said()
 
 
 SLOW_EVALUATION = """
-import sys, time
+import time
 from quarterlight.ssl.augment import CenterCrop
 from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.command import parse_config, run_command
@@ -178,13 +171,12 @@ run_command(lambda: parse_config(FinetuneConfig, ""), finetune)
 """
 
 
-def test_an_evaluation_may_take_longer_than_the_timeout_while_it_moves(shards, tmp_path):
+def test_an_evaluation_may_take_longer_than_the_timeout_while_it_moves(nursery, shards, tmp_path):
     given = TINY | {
         "data.train": shards[0], "data.val": shards[1], "run_dir": str(tmp_path / "run"), "batch_size": "8",
         "steps": "1", "stall_timeout_s": "4",
     }  # fmt: skip
-    words = [sys.executable, "-c", SLOW_EVALUATION, *arguments(given)]
     begun = time.monotonic()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with nursery.run(1, given, code=SLOW_EVALUATION) as (rank,):
+        assert rank.ended() == 0, rank.said()
     assert time.monotonic() - begun > 6
