@@ -197,7 +197,7 @@ class Stock:
                 self.cache.urls[shard],
                 self.cache.path(shard),
                 size=self.cache.sizes[shard],
-                content=self.cache.contents and self.cache.contents[shard],
+                content=None if self.cache.contents is None else self.cache.contents[shard],
                 patience=self.job.patience,
             )
         except InputError as error:
