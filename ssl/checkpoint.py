@@ -99,18 +99,18 @@ def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
         try:
             check_state(folder)
         except Damaged as error:
-            passed_over.append(f"{error}; it is passed over")
+            passed_over.append(str(error))
             damaged.append(folder)
             continue
         for other in damaged:  # or a later rotation would count it among the states to keep
             aside = other.with_name(SET_ASIDE + other.name)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(other, aside)
-        return folder, passed_over
+        return folder, [f"{reason}; it is passed over" for reason in passed_over]
     if folders:
         raise InputError(
-            f"{'; '.join(passed_over)}: no state is left to continue from. Give another run_dir, or delete "
-            f"{run_dir / 'state'} to start again"
+            f"no state of {run_dir} is whole ({'; '.join(passed_over)}): give another run_dir, with --init "
+            f"{run_dir}/encoder.safetensors to keep what it has learned, or delete {run_dir / 'state'} to start again"
         )
     return None, []
 

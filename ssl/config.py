@@ -217,9 +217,12 @@ def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int
     """
     if (steps is None) == (epochs is None):
         prefix = "" if what == "the run" else "optim.warmup_"
+        way_out = (
+            "give one" if steps is None else f"take one back, as by --{prefix}epochs null"
+        )  # a recipe gives epochs
         raise InputError(
-            f"the length of {what} is given by {prefix}steps or by {prefix}epochs: give exactly one "
-            f"(now {prefix}steps={steps}, {prefix}epochs={epochs})"
+            f"the length of {what} is given by {prefix}steps or by {prefix}epochs (now {prefix}steps={steps}, "
+            f"{prefix}epochs={epochs}): {way_out}"
         )
     return steps if steps is not None else math.ceil(round(epochs * samples / batch_size, 6))  # type: ignore[operator]
 

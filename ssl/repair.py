@@ -29,7 +29,7 @@ from .verify import SHOWN, counted, displayed
 
 DAMAGED_SUFFIX = ".damaged"
 
-LeftOut = dict[str, Any]  # shard, key, byte and reason
+LeftOut = dict[str, Any]  # shard, key, byte and reason; samples, where several are lost without their keys
 
 
 def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
@@ -57,7 +57,8 @@ def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
         found, kept = _repair(check)
         print(f"{displayed(check.path)}: rewritten without {_amount(found)}; the damaged one is now {kept}", flush=True)
         for line in found[: SHOWN - printed]:
-            print(printable(f"  {line['key'] or 'damage'} (byte {line['byte']}): {line['reason']}"))
+            where = "" if line["byte"] is None else f" (byte {line['byte']})"
+            print(printable(f"  {line['key'] or 'damage'}{where}: {line['reason']}"))
         printed, repaired, left_out = min(SHOWN, printed + len(found)), repaired + 1, left_out + found
     for folder in dict.fromkeys(Path(path).parent for path in paths):
         _update_dataset(folder, [Path(path) for path in paths if Path(path).parent == folder])
@@ -72,8 +73,9 @@ def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
 
 
 def _amount(left_out: Sequence[LeftOut]) -> str:
-    samples = sum(line["key"] is not None for line in left_out)
-    return f"{counted(samples, 'sample')} and {counted(len(left_out) - samples, 'damaged part')}"
+    samples = sum(line.get("samples", line["key"] is not None) for line in left_out)
+    parts = sum(line["key"] is None and "samples" not in line for line in left_out)
+    return f"{counted(samples, 'sample')} and {counted(parts, 'damaged part')}"
 
 
 def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
@@ -87,6 +89,7 @@ def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
     bad = _bad_samples(check, members)
     lines = [{"key": None, "byte": d.offset, "bytes": d.size, "reason": d.reason} for d in check.damage]
     lines += [{"key": key, "byte": offset, "reason": reason} for key, offset, _, reason in bad]
+    lines += _vanished(path, len(group(members)[0]))
     lines = [{"shard": path.name} | line for line in lines]
     dropped = {member.offset for _, _, files, _ in bad for member in files.values()}
     _append_missing(path.parent / LEFT_OUT_FILE, lines)  # first: written twice it is found out, forgotten it is not
@@ -99,6 +102,20 @@ def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
 
     replace_file(path, write)
     return lines, kept
+
+
+def _vanished(path: Path, found: int) -> list[LeftOut]:
+    """Returns a line on the samples of which not even the key is left, where dataset.json says how many there were."""
+    try:
+        splits = read_dataset(str(path.parent)).get("splits", {}).values()
+        listed = {shard["name"]: shard["samples"] for split in splits for shard in split["shards"]}
+        lost = listed.get(path.name, 0) - found
+    except (InputError, KeyError, TypeError, AttributeError):  # somebody else's
+        return []
+    if lost <= 0:
+        return []
+    reason = f"{found} samples are there, and {DATASET_FILE} lists {listed[path.name]}: the others lay in the damage"
+    return [{"key": None, "byte": None, "samples": lost, "reason": reason}]
 
 
 def _bad_samples(check: ShardCheck, members: Sequence[Member]) -> list[tuple[str, int, Sample, str]]:

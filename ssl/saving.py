@@ -69,6 +69,8 @@ class Saver:
                 "find the same states: all machines must see the same run_dir"
             )
         if folder is None:
+            if self.accelerator.is_main_process and (self.run_dir / "metrics.jsonl").exists():
+                print(f"{self.run_dir} has no states: it begins anew, and what it has released is replaced", flush=True)
             return None
         self.folder = folder
         load_model(folder, self.task)

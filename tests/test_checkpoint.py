@@ -149,7 +149,10 @@ def test_several_damaged_states_are_passed_over(tmp_path):
 
 def test_where_no_state_is_whole_the_run_does_not_begin_anew_by_itself(tmp_path):
     flip(save(tmp_path) / FILES[1], 0.5)
-    with pytest.raises(InputError, match=r"optimizer.safetensors is damaged .* delete .*/state to start again"):
+    with pytest.raises(
+        InputError,
+        match=r"no state of .* is whole .*optimizer.safetensors is damaged .* delete .*/state to start again",
+    ):
         newest_state(tmp_path)
     assert state_folders(tmp_path)  # nothing was moved away
 
