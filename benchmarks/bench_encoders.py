@@ -1,6 +1,8 @@
 """How long is a pretraining step and how much memory does it take, beside transformers and dense timm models?
 
 python benchmarks/bench_encoders.py --device cpu --threads 2 --out benchmarks/results/encoders_2cpu.md
+python benchmarks/bench_encoders.py --device cuda --models vit_base,vit_large,swin_base --batch_size 128 --rounds 20 \\
+    --compile --no_memory --peak_tflops 989 --out benchmarks/results/encoders_h100.md
 
 Every round takes one step of each contestant in turn, so that whatever else the machine does meets all of them; ratios
 are medians over rounds. Prints a markdown table for each comparison and one JSON line.
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from bench_image_size import WARMUP, interleaved, measured_on
+from timing import WARMUP, interleaved, measured_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
 
@@ -32,12 +34,15 @@ from quarterlight.ssl.masking import random_masking
 VITS = {"vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}  # width, blocks, heads
 SWINS = {"swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]), "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32])}
 OURS = "ours"
+PIXELS = 3 * 16**2, 3 * 32**2  # values in a unit of a ViT, of a Swin
 MEMORY = ("peak", "peak_each_more", "saved_each_more")
 LEGEND = """\
 `x ours`: step time over that of `ours` in the same round, median. `peak`: memory of forward and backward pass beyond
 weights, gradients and optimizer state. `each more`: what one more image in the batch adds to it, so without what does
 not grow, such as weights cast to bf16. `saved`: what autograd keeps for the backward pass, for one more image.
-`timm dense` encodes all patches and predicts nothing."""
+`timm dense` encodes all patches and predicts nothing. `MFU`: the operations of matrix products that the step needs by
+formula (two for a multiplication, three forward passes for a step) over those that the device could do
+(`--peak_tflops`)."""
 
 
 class Contestant(NamedTuple):
@@ -110,6 +115,57 @@ def contestants(comparison: str) -> dict[str, Callable[[], Contestant]]:
     }
 
 
+def block_flops(queries: float, keys: float, width: int) -> float:
+    """Returns operations of a transformer block: 2 * 12 C^2 a token, and 4 C for every key of a query."""
+    return queries * (24 * width**2 + 4 * keys * width)
+
+
+def vit_flops(width: int, depth: int, tokens: float) -> float:
+    """Returns operations of a ViT's encoder; `tokens` is the number of patches seen, of 196 that are embedded."""
+    return 2 * PIXELS[0] * width * 196 + depth * block_flops(tokens + 1, tokens + 1, width)
+
+
+def swin_flops(width: int, depths: list[int], share: float) -> float:
+    """Returns operations of a Swin's encoder that sees this share of every window of 7 x 7."""
+    total = 2 * 3 * 4**2 * width * share * 56**2
+    for stage, depth in enumerate(depths):
+        tokens, d = share * (56 >> stage) ** 2, width << stage
+        total += depth * block_flops(tokens, share * 49, d) + (2 * 4 * (d // 2) * d * tokens if stage else 0)
+    return total
+
+
+def decoder_flops(encoder_width: int, depth: int, kept: int, hidden: int, values: int, *, tail: bool) -> float:
+    """Returns operations of MAE's decoder, 512 wide; with `tail` its end is computed for hidden units only."""
+    everything = kept + hidden
+    ends = hidden if tail else everything
+    total = 2 * encoder_width * 512 * kept + (depth - 1) * block_flops(everything, everything, 512)
+    # Of the last block keys and values (a sixth of the linear layers' work) are those of all tokens either way.
+    return total + block_flops(ends, everything, 512) + 4 * 512**2 * (everything - ends) + 2 * 512 * values * ends
+
+
+def cross_flops(encoder_width: int, depth: int, kept: int, predicted: int, values: int) -> float:
+    """Returns operations of the cross decoder: queries look at the kept tokens, of which keys and values are made."""
+    total = 2 * encoder_width * 512 * kept + 2 * 512 * values * predicted
+    return total + depth * (predicted * (20 * 512**2 + 4 * kept * 512) + 4 * 512**2 * kept)
+
+
+def forward_flops(comparison: str) -> dict[str, float]:
+    """Returns operations of a forward pass for one image, of each contestant in the order of `contestants`."""
+    if comparison in VITS:
+        width, depth, _ = VITS[comparison]
+        visible, dense = vit_flops(width, depth, 49), vit_flops(width, depth, 196)
+        normal = visible + decoder_flops(width, 8, 50, 147, PIXELS[0], tail=True)
+        special = visible + cross_flops(width, 8, 50, 49, PIXELS[0])
+        theirs = visible + decoder_flops(width, 8, 50, 147, PIXELS[0], tail=False)
+    else:
+        width, depths, _ = SWINS[comparison]
+        visible, dense = swin_flops(width, depths, 12 / 49), swin_flops(width, depths, 1)
+        normal = visible + decoder_flops(8 * width, 1, 12, 37, PIXELS[1], tail=True)
+        special = dense + 2 * 8 * width * PIXELS[1] * 30  # of 49 units at a ratio of 0.6
+        theirs = dense + 2 * 8 * width * PIXELS[1] * 49
+    return dict(zip(contestants(comparison), (normal, special, theirs, theirs, dense), strict=True))
+
+
 def peak_bytes(run: Callable[[], object], device: str) -> int:
     """Returns by how much memory rose during `run`."""
     if device == "cuda":
@@ -146,11 +202,14 @@ def prepare(contestant: Contestant, given: argparse.Namespace) -> tuple[Callable
     model = contestant.model.to(given.device).train()
     if not isinstance(model, PreTrainedModel):  # timm's dense model gets the faster kernel too
         choose_attention(model, torch.device(given.device), given.precision)
+    loss_of = contestant.loss
+    if given.compile:  # a shape each: batches of two sizes would otherwise make the second graph one for any size
+        loss_of = torch.compile(loss_of, dynamic=False)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
 
     def forward_backward(images: Tensor, masks: Any) -> None:
         with torch.autocast(given.device, torch.bfloat16, enabled=given.precision == "bf16"):
-            loss = contestant.loss(images, masks)
+            loss = loss_of(images, masks)
         loss.backward()
 
     def step(images: Tensor, masks: Any) -> None:
@@ -192,7 +251,10 @@ def measure(comparison: str, given: argparse.Namespace) -> dict[str, dict[str, A
         _, step = prepare(contestant, given)
         steps[name] = lambda r, step=step, masks=masks: step(images, masks[r])
     for name, seconds in interleaved(steps, given.rounds, given.device).items():
-        figures[name] |= {"ms": 1000 * median(seconds), "seconds": seconds}
+        rate = given.batch_size / median(seconds)
+        figures[name] |= {"ms": 1000 * median(seconds), "images_per_s": rate, "seconds": seconds}
+        if given.peak_tflops:
+            figures[name]["mfu"] = 3 * forward_flops(comparison)[name] * rate / (1e12 * given.peak_tflops)
     return figures
 
 
@@ -214,10 +276,15 @@ def headlines(comparison: str, figures: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    lines = ["| | ms a step | x ours | peak, MiB an image | each more | saved |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | ms a step | images/s | MFU, % | x ours | peak, MiB an image | each more | saved |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, x in figures.items():
         sizes = " | ".join(f"{x[key]:.1f}" if key in x else "" for key in MEMORY)
-        lines.append(f"| {name} | {x['ms']:.1f} | {ratio(figures, name, OURS):.2f} | {sizes} |")
+        mfu = f"{100 * x['mfu']:.1f}" if "mfu" in x else ""
+        rates = f"{x['ms']:.1f} | {x['images_per_s']:.1f} | {mfu} | {ratio(figures, name, OURS):.2f}"
+        lines.append(f"| {name} | {rates} | {sizes} |")
     return "\n".join(lines)
 
 
@@ -229,6 +296,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help=f"after {WARMUP} of warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile forward and backward pass of all")
+    parser.add_argument("--peak_tflops", type=float, help="what the device can do, dense, in this precision: for MFU")
     parser.add_argument("--no_memory", action="store_true", help="step times only: memory takes most of the time")
     parser.add_argument("--out", type=Path, help="a markdown file for the tables")
     given = parser.parse_args()

@@ -8,23 +8,19 @@ times forward and backward pass of each model at each size in turn; figures are 
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from matplotlib import pyplot
+from timing import WARMUP, interleaved, measured_on
 
 from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.config import DecoderConfig
 from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
 
-WARMUP = 2  # rounds that count for nothing
 MASK_RATIO = 0.75
 MODELS = {"ViT-S/16": "vit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
 # Of each stage: pixels on a token's side, width, blocks.
@@ -37,43 +33,6 @@ From `time` on, figures are relative to the first size. `time`: measured, median
 attention alone, if it were over the whole image (4 hw C^2 + 2 (hw)^2 C) and if it were in windows (4 hw C^2 + 2 M^2 hw
 C). With hidden tokens, hw and M^2 are what is left of them."""
 STYLES = {"ViT-S/16": ("#D55E00", "o"), "Swin-T": ("#0072B2", "s")}  # two that color-blind readers tell apart
-
-
-def interleaved(steps: dict[Any, Callable[[int], object]], rounds: int, device: str) -> dict[Any, list[float]]:
-    """Returns the seconds that each step, a function of the round, took in every round after the warm-up.
-
-    Each round takes every step once and begins with another, so that noise from outside meets all alike. On one thread
-    of a CPU it is the time of the process, which neighbors do not lengthen.
-    """
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds: dict[Any, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for r in range(WARMUP + rounds):
-        first = r % len(names)
-        for name in names[first:] + names[:first]:
-            wait()
-            start = clock()
-            steps[name](r)
-            wait()
-            if r >= WARMUP:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def measured_on(given: argparse.Namespace, *packages: str) -> str:
-    """Returns date, hardware, versions and command in markdown."""
-    if given.device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    else:
-        cpu = Path("/proc/cpuinfo").read_text()
-        name = next(line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name"))
-        flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
-        hardware = f"{name} ({', '.join(flags) or 'no bf16 instructions'}), {given.threads} thread(s)"
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    hardware += ", CPU time" if given.device == "cpu" and given.threads == 1 else ""
-    return f"{date.today()} · {hardware} · {versions} · precision {given.precision}\n\n`{command}`"
 
 
 def attention_cost(tokens: float, keys: float, width: int) -> float:

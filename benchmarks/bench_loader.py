@@ -36,6 +36,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 DEEP_STEP, LONG_EPOCH = 100_000, 1_281_167  # where a run resumes; ImageNet-1k's samples
 PSNR_CROPS, PSNR_LIMIT = 512, 99.0  # equal images would have an infinite one
 PARTS = "throughput", "read", "psnr", "resume"
+BARE = "bare os.pread"
 OURS, NORMALIZED, WDS, FOLDER = "ours", "ours + normalise", "webdataset + PIL", "ImageFolder + PIL"
 LEGEND = """\
 `CPU us`: CPU time of the main process and all workers for an image, median over rounds (smallest-largest). In a round
@@ -75,6 +76,16 @@ def our_reader(index: Any, batch_size: int) -> Iterator[tuple[bytes, str, int]]:
         ids = order.ids(np.arange(start, min(start + batch_size, len(index))))
         for i, label in zip(ids.tolist(), index.label[ids], strict=True):
             yield index.read(i), index.key(i), label
+
+
+def bare_reader(index: Any) -> Callable[[], Iterator[bytes]]:
+    """Returns what yields the same bytes in the same order by one os.pread each, with files and places at hand."""
+    from quarterlight.ssl.order import ShuffledOrder
+
+    ids = ShuffledOrder(np.arange(len(index)), SEED).ids(np.arange(len(index))).tolist()
+    files = [os.open(path, os.O_RDONLY) for path in index.paths]
+    places = [(files[index.shard[i]], int(index.size[i]), int(index.offset[i])) for i in ids]
+    return lambda: (os.pread(*place) for place in places)
 
 
 def our_boxes(files: list[bytes], size: int) -> list[tuple[tuple[int, int, int, int], bool]]:
@@ -225,7 +236,10 @@ def throughput(folder: Path, size: int, given: argparse.Namespace) -> dict[str, 
 
 
 def reading(folder: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Returns microseconds of CPU time to read a sample in shuffled order without decoding: ours, and webdataset's."""
+    """Returns microseconds of CPU time to read a sample in shuffled order without decoding.
+
+    Ours, webdataset's, and that of the system calls alone, most of which is copying the bytes.
+    """
     index = open_shards(folder)
 
     def cost(samples: Callable[[], Any]) -> float:
@@ -233,7 +247,8 @@ def reading(folder: Path, given: argparse.Namespace) -> dict[str, float]:
         return 1e6 * (time.process_time() - start) / count
 
     ours, wds = (lambda: our_reader(index, given.batch_size)), (lambda: wds_samples(folder))
-    costs = interleaved({OURS: lambda: cost(ours), WDS: lambda: cost(wds)}, given.rounds)
+    bare = bare_reader(index)
+    costs = interleaved({OURS: lambda: cost(ours), BARE: lambda: cost(bare), WDS: lambda: cost(wds)}, given.rounds)
     return {name: median(values) for name, values in costs.items()}
 
 
@@ -309,8 +324,12 @@ def measure(name: str, folder: Path, images: Images, size: int, given: argparse.
         found[f"wall_us_{name}"] = {pipeline: median(x["wall"]) for pipeline, x in figures.items()}
     if "read" in given.parts:
         read = reading(folder, given)
-        print(f"Reading a sample in shuffled order: {read[OURS]:.1f} us of CPU, by webdataset {read[WDS]:.1f}.\n")
+        print(
+            f"Reading a sample in shuffled order: {read[OURS]:.1f} us of CPU, {read[BARE]:.1f} of them by the bare "
+            f"pread, {read[OURS] - read[BARE]:.1f} by the rest; by webdataset {read[WDS]:.1f}.\n"
+        )
         found |= {f"read_us_{name}": read[OURS], f"read_us_{name}_webdataset": read[WDS]}
+        found |= {f"read_us_{name}_bare": read[BARE], f"read_overhead_us_{name}": read[OURS] - read[BARE]}
     if "psnr" in given.parts and name == "originals":
         psnr = psnr_of_crops(folder, images, given)
         low, middle, worst = np.percentile(psnr, 5), median(psnr), min(psnr)
@@ -362,7 +381,8 @@ def main() -> None:
             write_set(folder, images, samples)
             found |= measure(name, folder, images, size, given)
         if "read" in given.parts:
-            found["read_us"] = found[f"read_us_{next(iter(sets))}"]
+            for what in ("read_us", "read_overhead_us"):
+                found[what] = found[f"{what}_{next(iter(sets))}"]
         if "resume" in given.parts:
             name = next(iter(sets))
             seconds = resuming(Path(temporary) / name, sets[name][2], given)

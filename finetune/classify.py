@@ -14,9 +14,16 @@ from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
 from quarterlight.ssl.batches import Batch, refuse_unlabelled
 from quarterlight.ssl.checkpoint import state_folders
 from quarterlight.ssl.config import steps_in
-from quarterlight.ssl.engine import Figures, Hooks, Task, train
+from quarterlight.ssl.engine import train
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_hub, export_weights, run_facts
+from quarterlight.ssl.export import (
+    CLASSIFIER_EMA_FILE,
+    CLASSIFIER_FILE,
+    ModelSpec,
+    export_hub,
+    export_weights,
+    run_facts,
+)
 from quarterlight.ssl.index import ShardIndex, class_names
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.log import RunLog
@@ -24,10 +31,13 @@ from quarterlight.ssl.optim import build_adamw, build_schedule
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.processes import micro_batch_size, until_stopped
+from quarterlight.ssl.recompute import checkpoint_blocks, transformer_blocks
 from quarterlight.ssl.runs import write_result, write_run_files
+from quarterlight.ssl.sharding import Whole, block_names
 from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
+from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .config import FinetuneConfig
 from .evaluate import evaluate
@@ -46,6 +56,8 @@ class ClassifierTask(Task):
         self.classifier = classifier
         self.normalize = normalize
         self.mixed_loss = mixed_loss
+        kinds = {type(block) for block in transformer_blocks(classifier)}
+        self._no_split_modules = block_names(self, kinds)  # accelerate's name for what it shards one by one
 
     @property
     def network(self) -> nn.Module:
@@ -72,6 +84,9 @@ def finetune(config: FinetuneConfig) -> Figures:
     length = {"samples": len(order), "batch_size": config.batch_size}
     total_steps = steps_in("the run", config.steps, config.epochs, **length)
     schedule = build_schedule(config.optim, total_steps=total_steps, **length)
+    if config.grad_checkpointing:
+        checkpoint_blocks(task.classifier)
+    whole = Whole(task, accelerator, config.ema_decay)
     optimizer = build_adamw(layer_decay_groups(task.classifier, config.optim), config.optim)
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
@@ -79,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Figures:
             (run_dir / BEST_FILE).unlink(missing_ok=True)
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
-    hooks = _hooks(config, opened, opened.val, task, spec, micro, total_steps, len(order))
+    hooks = _hooks(config, opened, opened.val, whole, spec, micro, total_steps, len(order))
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         best = _best_so_far(run_dir)
@@ -107,14 +122,15 @@ def _hooks(
     config: FinetuneConfig,
     opened: Opened,
     val: ShardIndex,
-    task: ClassifierTask,
+    whole: Whole[ClassifierTask],
     spec: ModelSpec,
     micro: int,
     total_steps: int,
     train_images: int,
 ) -> Hooks:
     """Returns what fine-tuning adds to the loop: evaluation, keeping the best classifier, and the release."""
-    accelerator, run_dir, classifier = opened.accelerator, opened.run_dir, task.classifier
+    accelerator, run_dir = opened.accelerator, opened.run_dir
+    task, classifier = whole.module, whole.module.classifier
     crop = CenterCrop(pair(classifier.patch_embed.img_size), config.data.crop_pct)
     samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
     spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -125,6 +141,10 @@ def _hooks(
         batches = until_stopped(loader, signals, accelerator)
         found = evaluate(nn.Sequential(task.normalize, classifier), batches, accelerator)
         figures = {f"val_{name}": value for name, value in found.items()}
+        if whole.average is not None:
+            batches = until_stopped(loader, signals, accelerator)
+            found_ema = evaluate(nn.Sequential(task.normalize, whole.average.classifier), batches, accelerator)
+            figures |= {f"val_ema_{name}": found_ema[name] for name in ("top1", "top5", "loss")}
         log.metrics(step, figures)
         if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
             facts = run_facts("fine-tuning", {"step": step, "samples_seen": step * config.batch_size}, config.seed)
@@ -134,12 +154,15 @@ def _hooks(
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("fine-tuning", progress, config.seed) | progress["figures"]
         export_weights(run_dir / CLASSIFIER_FILE, classifier, spec, facts)
+        if whole.average is not None:
+            average_facts = facts | {"ema_decay": config.ema_decay}
+            export_weights(run_dir / CLASSIFIER_EMA_FILE, whole.average.classifier, spec, average_facts)
         if progress["step"] == total_steps:
             export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=labels)
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps
-    return Hooks("finetune", measure, every, export, opened.fetching)
+    return Hooks("finetune", measure, every, export, whole, opened.fetching)
 
 
 def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> int:

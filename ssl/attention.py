@@ -57,10 +57,10 @@ def relative_bias(
     window of A places, and `relative_position_index` timm's row for two places. The bias is of type `dtype`, None: of
     the table's; the table's gradient is summed in its own precision.
 
-    On a GPU the gradient of a gather would add millions of pairs into a few thousand cells by atomics, slow and in
-    random order; there the same bias is written as one-hot matrix products. On a CPU a gather is twice as fast.
+    On an accelerator the gradient of a gather would add millions of pairs into a few thousand cells by atomics, slow
+    and in random order; there the same bias is written as one-hot matrix products. On a CPU a gather is twice as fast.
     """
-    if pairs.is_cuda or torch.compiler.is_compiling():
+    if pairs.device.type != "cpu" or torch.compiler.is_compiling():
         return bias_by_products(table, pairs, places, relative_position_index).to(dtype or table.dtype)
     bias: Any = _GatheredBias.apply(table, pairs, dtype or table.dtype)
     return bias.transpose(0, 1)

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from .addresses import shown
 from .augment import CenterCrop, RandomCrop
 from .decode import ImageFile, UnreadableImage
 from .errors import InputError
 from .index import ShardIndex
 from .masking import Masking, MaskSampler
 from .order import Order, settings_of
-from .patience import shown
 from .randoms import hashes, uniforms
 from .small_images import SmallImages
 

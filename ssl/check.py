@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from .addresses import is_remote
 from .decode import UnreadableImage, decode_image
 from .entries import Sample, group, image_of, scan_shard
 from .errors import InputError
-from .remote import fetch, is_remote
+from .files import sha256_of
+from .remote import fetch
 from .tar_scan import Defect, scan_tar
 
 CHUNK_BYTES = 4 << 20  # what a process is given at once
@@ -38,6 +40,7 @@ class ShardCheck:
 
     path: str  # or address
     size: int  # bytes
+    sha256: str  # of the whole file; empty where it cannot be read
     keys: list[str]
     samples: list[Sample]
     label: Int[np.ndarray, " n"]
@@ -106,7 +109,7 @@ def _check(path: Path, name: str, run: Run) -> ShardCheck:
         entries = scan_shard(path)
         members, _ = scan_tar(path)
         grouped, _ = group(members)
-        defects = entries.defects
+        defects, sha256 = entries.defects, sha256_of(path)
     except InputError as error:
         return _nothing(name, size, str(error).removeprefix(f"{path}: "))
     except OSError as error:
@@ -116,12 +119,12 @@ def _check(path: Path, name: str, run: Run) -> ShardCheck:
     found = [one for part in run(_read_and_decode, tasks) for one in part]
     unreadable = [Unreadable(i, int(entries.offset[i]), reason) for i, (_, reason) in enumerate(found) if reason]
     digest = np.array([digest for digest, _ in found], np.uint64)
-    return ShardCheck(name, size, entries.keys, samples, entries.label, digest, unreadable, defects)
+    return ShardCheck(name, size, sha256, entries.keys, samples, entries.label, digest, unreadable, defects)
 
 
 def _nothing(name: str, size: int, reason: str) -> ShardCheck:
     none = np.zeros(0, np.int64)
-    return ShardCheck(name, size, [], [], none, none.astype(np.uint64), [], [], reason)
+    return ShardCheck(name, size, "", [], [], none, none.astype(np.uint64), [], [], reason)
 
 
 def _chunks(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:

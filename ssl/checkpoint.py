@@ -3,6 +3,7 @@
 runs/NAME/state/step-00001200/
     model.safetensors        every parameter and buffer of the task
     optimizer.safetensors    PARAMETER:moment for every parameter
+    ema.safetensors          the moving average of the first, where the run keeps one
     progress.json            step, samples seen, fingerprint of the data, ..., and a checksum of every file, itself too
 
 A state is written beside and renamed, so a folder of this name is complete unless the disk has damaged it since. Its
@@ -14,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import InputError
-from .files import replace_folder, write_tensors
+from .files import replace_folder, sha256_of, write_tensors
+from .sharding import gathered
 
-MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "model.safetensors", "optimizer.safetensors", "progress.json"
+MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+PROGRESS_FILE = "progress.json"
 SEALS = ("sha256", "checksum")  # in progress.json: of the other files, and of its own text
 SET_ASIDE = "damaged-"  # in front of the name of a state that cannot be continued from
 
@@ -37,10 +39,11 @@ class Damaged(InputError):
 
 
 class Tensors(NamedTuple):
-    """What a state holds, in host memory or wherever the parameters are."""
+    """What a state holds, wherever the parameters are; of sharded ones in host memory."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
 
 
 def state_folders(run_dir: Path) -> list[Path]:
@@ -48,14 +51,21 @@ def state_folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "state").glob("step-*") if path.is_dir())
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Returns whole tensors under the model's own names; where processes hold parts, all of them must call it."""
-    moments = {
-        f"{name}:{moment}": _whole(value)
+def state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None, *, keep: bool = True
+) -> Tensors:
+    """Returns whole tensors under the model's own names.
+
+    Where processes hold parts, all of them must call it; they gather one tensor after another, and only those that
+    `keep` have them all in the end, in host memory.
+    """
+    moments = (
+        (f"{name}:{moment}", value)
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-    return Tensors({name: _whole(x) for name, x in model.state_dict().items()}, moments)
+    )
+    average = None if ema is None else gathered(ema.state_dict().items(), keep=keep)
+    return Tensors(gathered(model.state_dict().items(), keep=keep), gathered(moments, keep=keep), average)
 
 
 def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, keep: int) -> Path:
@@ -65,6 +75,8 @@ def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, kee
     def fill(partial: Path) -> None:
         write_tensors(partial / MODEL_FILE, tensors.model)
         write_tensors(partial / OPTIMIZER_FILE, tensors.optimizer)
+        if tensors.ema is not None:
+            write_tensors(partial / EMA_FILE, tensors.ema)
         (partial / PROGRESS_FILE).write_text(_sealed(progress | {"sha256": _checksums(partial)}))
 
     replace_folder(folder, fill)
@@ -76,8 +88,10 @@ def save_state(run_dir: Path, tensors: Tensors, progress: dict[str, Any], *, kee
 def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Returns the newest state that is whole, and a sentence for each newer one, which is set aside.
 
-    Raises InputError when there are states and none is whole.
+    Deletes what killed processes have left half written. Raises InputError when there are states and none is whole.
     """
+    for leftover in [*(run_dir / "state").glob(".step-*.partial"), *(run_dir / "state").glob(".step-*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     passed_over: list[str] = []
     folders = state_folders(run_dir)
     damaged = []
@@ -85,18 +99,18 @@ def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
         try:
             check_state(folder)
         except Damaged as error:
-            passed_over.append(f"{error}; it is passed over")
+            passed_over.append(str(error))
             damaged.append(folder)
             continue
         for other in damaged:  # or a later rotation would count it among the states to keep
             aside = other.with_name(SET_ASIDE + other.name)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(other, aside)
-        return folder, passed_over
+        return folder, [f"{reason}; it is passed over" for reason in passed_over]
     if folders:
         raise InputError(
-            f"{'; '.join(passed_over)}: no state is left to continue from. Give another run_dir, or delete "
-            f"{run_dir / 'state'} to start again"
+            f"no state of {run_dir} is whole ({'; '.join(passed_over)}): give another run_dir, with --init "
+            f"{run_dir}/encoder.safetensors to keep what it has learned, or delete {run_dir / 'state'} to start again"
         )
     return None, []
 
@@ -123,10 +137,10 @@ def load_progress(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in progress.items() if key not in SEALS}
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
+def load_model(folder: Path, model: nn.Module, name: str = MODEL_FILE) -> None:
     """Loads the parameters and buffers of a state. Raises InputError when they are of another model."""
     try:
-        model.load_state_dict(load_file(folder / MODEL_FILE))
+        model.load_state_dict(load_file(folder / name))
     except (SafetensorError, RuntimeError, OSError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: this state cannot be loaded ({first_line}): give another run_dir") from error
@@ -149,10 +163,6 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         optimizer.state[parameter][moment] = placed
 
 
-def _whole(value: Tensor) -> Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
-
-
 def _delete(folder: Path) -> None:
     """Deletes a state; a kill in the middle leaves nothing of the name of one."""
     old = folder.with_name(f".{folder.name}.old")
@@ -162,13 +172,8 @@ def _delete(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    def digests() -> Iterator[tuple[str, str]]:
-        for name in (MODEL_FILE, OPTIMIZER_FILE):
-            if (path := folder / name).exists():
-                with path.open("rb") as file:
-                    yield name, hashlib.file_digest(file, "sha256").hexdigest()
-
-    return dict(digests())
+    names = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE)
+    return {name: sha256_of(folder / name) for name in names if (folder / name).exists()}
 
 
 def _sealed(progress: dict[str, Any]) -> str:

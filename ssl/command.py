@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 
 from .config import check_ranges
 from .errors import InputError, ProcessError, Stopped, did_you_mean, printable
+from .parent import follow_launcher
 
 Config = TypeVar("Config")
 
@@ -163,6 +164,7 @@ def instantiate(parser: CommandParser, config_class: type[Config], parsed: Names
 
 def run_command(parse_options: Callable[[], Any], run: Callable[[Any], object]) -> None:
     """Runs a command; a mistake of the user's or a refusal of the system's ends it with one sentence and status 1."""
+    follow_launcher()
     config = parse_options()
     try:
         run(config)

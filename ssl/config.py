@@ -168,10 +168,12 @@ class StageConfig(RunConfig):
     """How many of the newest states stay on disk."""
     log_every_steps: int = 20
     """Steps between two log lines."""
+    ema_decay: float | None = None
+    """Also keep and release an exponential moving average of the weights, such as 0.9999 of it a step. null: none."""
     max_skipped_steps: int = 5
     """Steps in a row whose loss or gradients are not finite, each skipped, before the run stops."""
     stall_timeout_s: float = 900.0
-    """Seconds in which no step, save or evaluation ends, after which the run does, saying where it hangs."""
+    """Seconds in which no step, save or batch of an evaluation ends, until the run does, and says where it hangs."""
     grad_checkpointing: bool = False
     """Compute the blocks anew in the backward pass instead of keeping what they have computed: slower, less memory."""
     record_samples: bool = False
@@ -215,9 +217,12 @@ def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int
     """
     if (steps is None) == (epochs is None):
         prefix = "" if what == "the run" else "optim.warmup_"
+        way_out = (
+            "give one" if steps is None else f"take one back, as by --{prefix}epochs null"
+        )  # a recipe gives epochs
         raise InputError(
-            f"the length of {what} is given by {prefix}steps or by {prefix}epochs: give exactly one "
-            f"(now {prefix}steps={steps}, {prefix}epochs={epochs})"
+            f"the length of {what} is given by {prefix}steps or by {prefix}epochs (now {prefix}steps={steps}, "
+            f"{prefix}epochs={epochs}): {way_out}"
         )
     return steps if steps is not None else math.ceil(round(epochs * samples / batch_size, 6))  # type: ignore[operator]
 
@@ -248,7 +253,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "drop_path": (0, 0.999), "mixup": (0, None), "cutmix": (0, None), "label_smoothing": (0, 0.999),
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
-    "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "stall_timeout_s": (1, None),
+    "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
+    "stall_timeout_s": (1, None),
 }  # fmt: skip
 
 

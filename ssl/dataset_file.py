@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from .addresses import shown
 from .errors import InputError
-from .patience import shown
 from .shard_names import read_small_file
 
 DATASET_FILE = "dataset.json"

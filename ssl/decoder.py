@@ -25,7 +25,7 @@ class Decoder(nn.Module):
     """What the decoders share: embedding of the encoder's tokens, mask token, positions, final norm and prediction.
 
     With `encode_masked` tokens of all units come in, in grid order, and there is no mask token. With
-    `config.multi_scale` tokens of every stage come in.
+    `config.multi_scale` tokens of every stage come in. Blocks are always called, never run part by part.
     """
 
     pos_embed: Tensor
@@ -40,6 +40,7 @@ class Decoder(nn.Module):
             )
         dim, prefix = config.embed_dim, encoder.num_prefix_tokens
         self.num_prefix_tokens = prefix
+        self.multi_scale = config.multi_scale
         self.embed = MultiScaleEmbed(encoder, dim) if config.multi_scale else nn.Linear(encoder.embed_dim, dim)
         self.mask_token = None if encode_masked else nn.Parameter(torch.zeros(1, 1, dim))
         pos_embed = sincos_pos_embed(dim, encoder.grid, num_prefix_tokens=prefix)
@@ -81,7 +82,7 @@ class TransformerDecoder(Decoder):
         super().__init__(config, encoder, num_values=num_values, encode_masked=encode_masked)
         self.blocks = nn.Sequential(
             *(
-                Block(config.embed_dim, config.num_heads, config.mlp_ratio, qkv_bias=True, norm_layer=Norm)  # type: ignore[arg-type]  # timm calls it as a class
+                TailBlock(config.embed_dim, config.num_heads, config.mlp_ratio, qkv_bias=True, norm_layer=Norm)  # type: ignore[arg-type]  # timm calls it as a class
                 for _ in range(config.depth)
             )
         )
@@ -101,9 +102,33 @@ class TransformerDecoder(Decoder):
         x = torch.cat([visible, self.hidden(masking.ids_masked if ids is None else ids)], dim=1)
         if ids is not None:
             x = self.blocks[:-1](x)
-            return self.pred(self.norm(run_block_on_tail(self.blocks[-1], x, visible.shape[1])))
+            return self.pred(self.norm(self.blocks[-1](x, first=visible.shape[1])))
         x = self.norm(self.blocks(x))[:, self.num_prefix_tokens :]
         return self.pred(gather_units(x, masking.ids_restore))
+
+
+class TailBlock(Block):
+    """A plain timm Block that can compute the last tokens only, all of them as keys.
+
+    It does so in `forward`, as what shards parameters or computes activations anew acts where a block is called.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "B L D"], attn_mask: Tensor | None = None, is_causal: bool = False, *, first: int = 0
+    ) -> Float[Tensor, "B S D"]:
+        """Returns the tokens from `first` on after the block; queries and MLP of the others are not computed."""
+        if first == 0:
+            return super().forward(x, attn_mask, is_causal)
+        assert attn_mask is None and not is_causal
+        attn: Any = self.attn
+        dim = x.shape[2]
+        normed = self.norm1(x)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        q = _heads(F.linear(normed[:, first:], weight[:dim], bias[:dim]), attn.num_heads)
+        kv = F.linear(normed, weight[dim:], bias[dim:])
+        k, v = (_heads(part, attn.num_heads) for part in kv.chunk(2, dim=2))
+        tail = x[:, first:] + attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return tail + self.mlp(self.norm2(tail))
 
 
 class CrossDecoder(Decoder):
@@ -163,6 +188,7 @@ class LinearDecoder(nn.Module):
         if not encode_masked:
             raise InputError("decoder.name linear predicts from tokens of hidden units: set encode_masked true")
         self.num_prefix_tokens = encoder.num_prefix_tokens
+        self.multi_scale = False
         self.pred = nn.Linear(encoder.embed_dim, num_values)
         init_linear(self)
 
@@ -193,18 +219,6 @@ class MultiScaleEmbed(nn.Module):
         normed = [norm(x) for norm, x in zip(self.norms, stages[:-1], strict=True)] + [stages[-1]]
         units = [x.reshape(len(x), -1, t * x.shape[2]) for x, t in zip(normed, self.tokens_per_unit, strict=True)]
         return torch.stack([linear(x) for linear, x in zip(self.linears, units, strict=True)]).sum(dim=0)
-
-
-def run_block_on_tail(block: Any, x: Float[Tensor, "B L D"], first: int) -> Float[Tensor, "B S D"]:
-    """Returns `block(x)[:, first:]` of a plain timm Block, computing queries and MLP of those tokens only."""
-    attn, dim = block.attn, x.shape[2]
-    normed = block.norm1(x)
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    q = _heads(F.linear(normed[:, first:], weight[:dim], bias[:dim]), attn.num_heads)
-    kv = F.linear(normed, weight[dim:], bias[dim:])
-    k, v = (_heads(part, attn.num_heads) for part in kv.chunk(2, dim=2))
-    tail = x[:, first:] + attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-    return tail + block.mlp(block.norm2(tail))
 
 
 def _heads(x: Float[Tensor, "B L D"], num_heads: int) -> Float[Tensor, "B H L E"]:

@@ -40,6 +40,14 @@ class Encoder(nn.Module):
         return self.grid[0] * self.unit_size, self.grid[1] * self.unit_size
 
     @property
+    def sharded_blocks(self) -> set[type[nn.Module]]:
+        """Classes of blocks that are always called as modules, so that hooks on each can gather its parameters (FSDP).
+
+        None where the parts of a block are run one by one.
+        """
+        return set()
+
+    @property
     def no_weight_decay(self) -> set[str]:
         """Names below `timm` of parameters that are not decayed in pretraining, beside biases and norms."""
         return set()
@@ -52,15 +60,27 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then the tokens of the units.
 
-        Without `masking` all units, in grid order: timm's `forward_features`. With it the kept ones in the order of
+        Without `masking` all units, in grid order: timm's `forward_features`; nothing is hidden then, and `mask_token`
+        has no place to stand in. With it the kept ones in the order of
         `ids_keep`, computed from visible pixels only. With `mask_token` as well, all units in grid order, hidden
         patches replaced by that token behind the patch embedding (SimMIM, Xie et al. 2022).
         """
         raise TypeError("an encoder wraps a model: use build_encoder")
 
+    def _check_size(self, images: Float[Tensor, "B C H W"], masking: Masking | None) -> None:
+        """Raises InputError unless images have the encoder's size, or none of them is masked and any size will do."""
+        if masking is None and not self.timm.patch_embed.strict_img_size:
+            return
+        if tuple(images.shape[2:]) != self.img_size:
+            (height, width), (high, wide) = images.shape[2:], self.img_size
+            raise InputError(
+                f"images of {height} x {width} pixels given to an encoder for {high} x {wide}: crop or resize them, or "
+                f"build it with img_size=({height}, {width})"
+            )
+
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last as `forward`."""
-        return [self(images, masking)]
+        raise TypeError(f"a {type(self.timm).__name__} has no stages")
 
     def mask_sampler(
         self,

@@ -5,12 +5,8 @@ rank), and the learning rate is a function of the step. A state is then weights,
 """
 
 import contextlib
-import math
 import random
 import time
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .attention import choose_attention
 from .batches import Batch, Samples
 from .config import StageConfig
 from .errors import InputError, ProcessError, Stopped
-from .fetching import Fetching
+from .incidents import Incidents, record_files
 from .loader import build_loader
-from .log import RunLog, append_jsonl, drop_later_records
+from .log import RunLog, drop_later_records
 from .meter import Meter
 from .optim import Schedule, set_lr
 from .order import settings_of
@@ -37,37 +33,8 @@ from .runs import write_result
 from .saving import Saver
 from .signals import StopSignals
 from .spans import Spans
+from .task import Figures, Hooks, Task
 from .watch import AGAIN, Watch
-
-Figures = dict[str, float]
-
-BAD_SAMPLES_ALLOWED = 10  # however few were read: a share of a few samples says nothing
-BAD_SAMPLES_FILE, BAD_STEPS_FILE = "bad_samples.jsonl", "bad_steps.jsonl"
-
-
-class Task(nn.Module):
-    """What the loop trains: `task(batch)` returns its loss and a dictionary of other scalars, means over the batch.
-
-    The loss is `forward` and not a method of its own because DDP works through `forward`.
-    """
-
-    @property
-    def network(self) -> nn.Module:
-        """The part that torch.compile gets; the rest handles keys and random choices."""
-        return self
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a stage adds to the loop."""
-
-    command: str  # for result.json
-    evaluate: Callable[
-        [int, RunLog, StopSignals], Figures
-    ]  # all processes: figures after `step` steps. May raise Stopped
-    evaluate_every_steps: int  # 0: at the end only
-    export: Callable[[dict[str, Any]], None]  # main process, with the progress: writes the released weights
-    fetching: Fetching | None = None  # of remote shards; None: there are none
 
 
 def train(
@@ -102,8 +69,8 @@ def train(
         except RuntimeError as error:
             if accelerator.num_processes == 1 or not _is_lost_connection(error):
                 raise
-            first_line = str(error).splitlines()[0]
-            raise ProcessError(f"lost another process ({first_line}): {loop.watch.who_is_gone()}. {AGAIN}") from error
+            gone = loop.watch.who_is_gone() or str(error).splitlines()[0]
+            raise ProcessError(f"lost another process: {gone}; {AGAIN}") from error
 
 
 class _Loop:
@@ -127,7 +94,9 @@ class _Loop:
         self.accelerator, self.hooks, self.run_dir = accelerator, hooks, run_dir
         self.rank, self.total_steps = accelerator.process_index, schedule.total_steps
         self.accum_steps = config.batch_size // accelerator.num_processes // micro
-        self.saver = Saver(run_dir, task, optimizer, accelerator, keep=config.keep_states, export=hooks.export)
+        self.saver = Saver(
+            run_dir, task, optimizer, accelerator, keep=config.keep_states, whole=hooks.whole, export=hooks.export
+        )
         self.progress = self._resumed()
         self.first_step = self.done = self.progress["step"]
         choose_attention(task, accelerator.device, config.precision)
@@ -135,6 +104,8 @@ class _Loop:
             task.network.compile()
         self.model, self.optimizer = accelerator.prepare(task, optimizer)
         self.saver.resume_moments()
+        if hooks.whole.ema is not None:
+            hooks.whole.ema.to(accelerator.device)
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.log = RunLog(
@@ -151,9 +122,7 @@ class _Loop:
         self.batches = iter(self.loader)
         self.meter = Meter(accelerator, config.batch_size)
         self.verdicts = Verdicts(accelerator)
-        self.skipped_in_a_row = 0
-        self.unreadable: list[dict[str, Any]] = []  # to be listed
-        self.listed_samples = 0  # of all processes, since the start of this one
+        self.incidents = Incidents(run_dir, self.log, accelerator, config)
         self.watch = Watch(self.rank, accelerator.num_processes, config.stall_timeout_s, self.loader.reading)
 
     def run(self) -> Figures:
@@ -167,17 +136,18 @@ class _Loop:
             self.done = step + 1
             self._end_step()
         self.progress["figures"] |= self._evaluate()  # also when a killed run had only this left to do
-        if self.accelerator.is_main_process:
-            self.hooks.export(self.progress)
+        with self.watch.during("saving"):
+            self.saver.release(self.progress)
         self.log.close()
         return self.progress["figures"]
 
     def leave(self) -> None:
         """Saves the state of a run that was asked to stop, and says so in result.json."""
+        self._judge(self.verdicts.known(wait=True))
         if self.saver.saved_step != self.done:
             if self.meter.steps:  # else they were read, and logged, behind this step
                 self._read_figures()
-            self._save()
+            self._save(leaving=True)
         if self.accelerator.is_main_process:
             facts = {"preempted": True, "signal": self.signals.received, "step": self.done, "steps": self.total_steps}
             write_result(self.run_dir, self.hooks.command, finished=False, **facts)
@@ -187,7 +157,8 @@ class _Loop:
     def _resumed(self) -> dict[str, Any]:
         """Returns the progress of the newest state, its parameters loaded, or that of a new run."""
         fingerprint, order = self.samples.index.fingerprint(), settings_of(self.samples.order)
-        new = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "skipped_steps": 0, "figures": {}}
+        new = {"step": 0, "samples_seen": 0, "data_fingerprint": fingerprint, "skipped_steps": 0, "skipped_in_a_row": 0}
+        new["figures"] = {}
         progress = new | (self.saver.resume() or {})
         if progress["data_fingerprint"] != fingerprint:
             raise InputError(
@@ -201,9 +172,8 @@ class _Loop:
                 "data.block_samples, data.repeats and the sources as they were (remote shards have other defaults than "
                 "local ones)"
             )
-        mine = [f"samples-rank{self.rank}.jsonl", *([BAD_SAMPLES_FILE, BAD_STEPS_FILE] if self.rank == 0 else [])]
-        for name in mine:
-            drop_later_records(self.run_dir / name, progress["step"] - 1)  # their steps count from 0, and come again
+        for path in record_files(self.run_dir, self.rank, self.accelerator.num_processes):
+            drop_later_records(path, progress["step"] - 1)  # their steps count from 0, and come again
         return progress
 
     def _step(self, step: int) -> None:
@@ -216,10 +186,13 @@ class _Loop:
             batch = self.meter.next_batch(self.batches)
             self.watch.move(step, "computing")
             keys += batch.keys
-            self._record(batch, step)
+            self.incidents.note(batch, step)
+            if step == self.first_step and i == 0:
+                self._rehearse(batch)
             last = i + 1 == self.accum_steps
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, metrics = self.model(batch.to(self.accelerator.device))
+                with self.accelerator.autocast():
+                    loss, metrics = self.model(batch.to(self.accelerator.device))
                 self.accelerator.backward(loss / self.accum_steps)
             self.meter.add(loss, metrics)
         norm = self._clip()
@@ -229,7 +202,24 @@ class _Loop:
             self.optimizer.optimizer.found_inf = skipped  # the fused kernel then leaves everything as it is
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.hooks.whole.ema is not None:
+            self.hooks.whole.ema.update(self.task, step + 1)
         self.meter.end_step(norm, skipped)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Does a pass in front of the first step of this process, of which nothing is kept.
+
+        DDP arranges its buckets anew by the order in which gradients first arrive, and in which order the numbers of
+        three or more processes are added depends on that: a continued run would end with other last bits.
+        """
+        if self.accelerator.num_processes < 3 or not isinstance(self.model, DistributedDataParallel):
+            return
+        before = [buffer.clone() for buffer in self.task.buffers()]
+        self.accelerator.backward(self.model(batch.to(self.accelerator.device))[0])
+        self.optimizer.zero_grad()
+        for buffer, value in zip(self.task.buffers(), before, strict=True):  # running means of batch norms
+            buffer.copy_(value)
+        _reseed(step_seed(self.config.seed, "step", self.first_step, self.rank))
 
     def _end_step(self) -> None:
         """Logs, saves and evaluates where it is time to. Raises Stopped."""
@@ -238,8 +228,7 @@ class _Loop:
         save_now = last or _due(done, config.save_every_steps)
         self.log.advance()
         verdicts = self.verdicts.known(wait=log_now or save_now)
-        for verdict in verdicts:
-            self._count_skipped(verdict)
+        self._judge(verdicts)
         if log_now or save_now:
             self._read_figures()
         if log_now:
@@ -255,16 +244,22 @@ class _Loop:
             self._evaluate()
         self.meter.pause(paused_at)
 
+    def _judge(self, verdicts: list[Verdict]) -> None:
+        for verdict in verdicts:
+            self.progress["skipped_steps"] += verdict.skipped
+            self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * verdict.skipped
+            self.incidents.judge(verdict, self.progress["skipped_in_a_row"])
+
     def _evaluate(self) -> Figures:
-        with self.watch.during("evaluating"):
+        with self.watch.during("evaluating"), self.hooks.whole.following(self.task):
             return self.hooks.evaluate(self.done, self.log, self.signals)
 
-    def _save(self) -> None:
+    def _save(self, *, leaving: bool = False) -> None:
         self.progress |= {"step": self.done, "samples_seen": self.done * self.config.batch_size}
         if self.accelerator.scaler is not None:
             self.progress["scaler"] = self.accelerator.scaler.state_dict()
         with self.watch.during("saving"):
-            if refusal := self.saver.save(self.progress, last=self.done == self.total_steps):
+            if refusal := self.saver.save(self.progress, last=self.done == self.total_steps, leaving=leaving):
                 self.log.say(refusal)
 
     def _clip(self) -> Tensor:
@@ -277,64 +272,14 @@ class _Loop:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _record(self, batch: Batch, step: int) -> None:
-        """Notes unreadable samples and, when asked, lists every sample in samples-rankN.jsonl."""
-        self.unreadable += [{"step": step, **bad._asdict()} for bad in batch.bad]
-        if self.config.record_samples:
-            masks = batch.masking.ids_keep.numpy() if batch.masking is not None else np.empty((len(batch.keys), 0))
-            records = [
-                {
-                    "step": step,
-                    "key": key,
-                    "pixels": zlib.crc32(image.numpy().tobytes()),
-                    "mask": zlib.crc32(mask.tobytes()),
-                }
-                for key, image, mask in zip(batch.keys, batch.images, masks, strict=True)
-            ]
-            append_jsonl(self.run_dir / f"samples-rank{self.rank}.jsonl", records)
-
-    def _count_skipped(self, verdict: Verdict) -> None:
-        """Lists a skipped step, of all processes alike. Raises InputError after too many in a row."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.skipped else 0
-        if not verdict.skipped:
-            return
-        self.progress["skipped_steps"] += 1
-        losses, keys = gather_object([verdict.loss]), gather_object(verdict.keys)
-        loss, norm = f"{sum(losses) / len(losses)}", f"{verdict.grad_norm}"
-        name, value = ("grad_norm", norm) if math.isfinite(sum(losses)) else ("loss", loss)
-        if self.accelerator.is_main_process:
-            record = {"step": verdict.step, "loss": loss, "grad_norm": norm, "keys": keys}
-            self.log.append(BAD_STEPS_FILE, [record])
-            self.log.say(
-                f"step {verdict.step + 1}: the {name} is {value}, so it is skipped ({BAD_STEPS_FILE} has its samples)"
-            )
-        if self.skipped_in_a_row > self.config.max_skipped_steps:
-            raise InputError(
-                f"the {name} is {value} at step {verdict.step + 1}, and {self.skipped_in_a_row} steps in a row were "
-                f"skipped for such (max_skipped_steps {self.config.max_skipped_steps}; first samples: "
-                f"{', '.join(keys[:4])}): lower optim.base_lr, set optim.clip_grad 1, or use --precision no, in a new "
-                "run_dir if this one holds states"
-            )
-
     def _read_figures(self) -> None:
         """Reads the means of the interval into `progress`. Raises InputError when too many samples were unreadable."""
         means = self.meter.read()
         epoch = self.done * self.config.batch_size / len(self.samples.order)
         figures = {"epoch": epoch, "loss": means["loss"], "lr": self.schedule.lr_at(self.done - 1)} | means
         self.progress["figures"] = figures | {"skipped_steps": self.progress["skipped_steps"]}
-        bad, limit = int(means["bad_samples"]), self.config.data.max_bad_share
-        if bad > self.listed_samples:
-            self.listed_samples = bad
-            records = gather_object(self.unreadable)  # one process writes: others may be on other machines
-            self.unreadable = []
-            if self.accelerator.is_main_process:
-                self.log.append(BAD_SAMPLES_FILE, records)
         samples_read = (self.done - self.first_step) * self.config.batch_size
-        if bad > max(BAD_SAMPLES_ALLOWED, limit * samples_read):
-            raise InputError(
-                f"{bad} reads of samples failed in {samples_read} (data.max_bad_share is {limit}): see "
-                f"{BAD_SAMPLES_FILE}, leave them out with launch/shards.py repair, or raise data.max_bad_share"
-            )
+        self.incidents.list_unreadable(int(means["bad_samples"]), samples_read)
 
 
 def _due(done: int, every: int) -> bool:

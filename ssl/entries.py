@@ -1,5 +1,6 @@
 """The samples of one shard: which files of the tar belong together, and the label of each."""
 
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,13 @@ class ShardEntries:
     keys: list[str]
     defects: list[Defect]
 
+    def digest(self) -> str:
+        """Returns a hash of which samples lie where, with which labels: what reading the shard relies on."""
+        found = hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape"))
+        for column in (self.offset, self.size, self.label):
+            found.update(column.astype("<i8").tobytes())
+        return found.hexdigest()[:16]
+
 
 Sample = dict[str, Member]  # the files of a sample by extension
 
@@ -45,8 +53,12 @@ def scan_shard(path: Path) -> ShardEntries:
         what = f"it begins with {start!r}" if start else "it is empty"
         raise InputError(f"{path}: not a tar ({what}); fetch or write it again, or leave it out")
     samples, odd = group(members)
-    if members and not any(image_of(sample) for _, sample in samples):
+    if not members:
+        odd.append(Defect(0, 0, "no file inside"))
+    elif not any(image_of(sample) for _, sample in samples):
         odd.append(Defect(0, 0, f"no {', '.join(IMAGE_EXTENSIONS)} inside"))
+    elif not any(defect.size for defect in defects):  # else the images may be what was lost
+        odd += _without_image(samples)
     taken = {image for _, sample in samples if (image := image_of(sample))}
     pictures = [
         x for x in members if x.name.lower().endswith(PICTURES) and not x.name.rpartition("/")[2].startswith(".")
@@ -108,6 +120,17 @@ def group(members: Sequence[Member]) -> tuple[list[tuple[str, Sample]], list[Def
             more = f", and {len(found) - 1} like it" if len(found) > 1 else ""
             odd.append(Defect(found[0].offset, 0, f"{found[0].name!r} is {what}{more}"))
     return samples, odd
+
+
+def _without_image(samples: Sequence[tuple[str, Sample]]) -> list[Defect]:
+    """Returns a defect where there are labels of images that are not there; a text alone need not belong to one."""
+    found = [(key, x) for key, x in samples if image_of(x) is None and ("cls" in x or "json" in x)]
+    if not found:
+        return []
+    key, files = found[0]
+    more = f", and {len(found) - 1} like it" if len(found) > 1 else ""
+    kinds = ", ".join(f".{extension}" for extension in files)
+    return [Defect(min(x.offset for x in files.values()), 0, f"{key!r} has {kinds} and no image{more}")]
 
 
 def _label(descriptor: int, sample: Sample, key: str) -> tuple[int, Defect | None]:

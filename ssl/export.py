@@ -9,11 +9,12 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from .files import replace_file, replace_folder, write_tensors
+from .files import as_os_error, replace_file, replace_folder, write_tensors
 from .patches import pair
 from .runs import environment
 
 ENCODER_FILE, CLASSIFIER_FILE = "encoder.safetensors", "classifier.safetensors"
+ENCODER_EMA_FILE, CLASSIFIER_EMA_FILE = "encoder_ema.safetensors", "classifier_ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def export_hub(
         try:
             save_for_hf(model, str(partial), model_config=config, model_args=args, safe_serialization=True)
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written ({error})") from error
+            raise as_os_error(error, path) from error
         (partial / "README.md").write_text(_model_card(title, spec, facts))
 
     replace_folder(path, fill)

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Iterable
 from types import TracebackType
 
+from .addresses import is_remote, shown
 from .errors import InputError
-from .patience import PATIENCE, Patience, shown, unwritable
-from .remote import is_remote
+from .patience import PATIENCE, Patience, unwritable
 from .shard_cache import ShardCache
 from .stock import Counts, Job, Stock, or_end
 

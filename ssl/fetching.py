@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from .addresses import is_remote
 from .errors import InputError
 from .fetcher import Fetcher
 from .index import ShardIndex
-from .remote import is_remote
 from .shard_cache import ShardCache
 
 

@@ -1,7 +1,9 @@
 """Files that are complete or absent: written beside, synced, and renamed into place."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,12 +73,19 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
             leftover.unlink()
 
 
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Returns what the system said, which safetensors gives as a text that ends with "(os error NUMBER)"."""
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    return OSError(f"{path} cannot be written ({error})")
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file. Raises OSError, with the path, where safetensors has an error of its own kind."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"{path.parent} cannot be written ({error})") from error
+        raise as_os_error(error, path) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,3 +96,9 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

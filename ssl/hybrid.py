@@ -43,6 +43,7 @@ class HybridEncoder(ViTEncoder):
         mask_token: Float[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
+        self._check_size(images, masking)
         if masking is not None:
             hidden = masking.is_masked.view(-1, 1, *self.grid)
             hidden = hidden.repeat_interleave(self.unit_size, 2).repeat_interleave(self.unit_size, 3)

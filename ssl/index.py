@@ -15,14 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from .addresses import folder_of, is_remote, shard_name, shown
 from .dataset_file import read_dataset
 from .entries import IMAGE_EXTENSIONS, ShardEntries
 from .errors import InputError, printable
 from .index_files import entries_of
-from .patience import shown
-from .remote import is_remote
 from .shard_cache import ShardCache
-from .shard_names import folder_of, shard_paths, sources
+from .shard_names import shard_paths, sources
 
 DEFECTS_SHOWN = 3
 OPEN_FILES = 256  # a shuffled run touches every shard; two sets have half of what a process may have open by default
@@ -31,7 +30,7 @@ OPEN_FILES = 256  # a shuffled run touches every shard; two sets have half of wh
 class ShardDefect(NamedTuple):
     """Something wrong with a shard: bytes that cannot be read, or (size 0) what is odd about it."""
 
-    shard: str
+    shard: str  # path, or address without password and signature
     offset: int
     size: int
     reason: str
@@ -61,7 +60,7 @@ class ShardIndex:
         self.label = np.concatenate([e.label for e in entries])
         self.shard = np.repeat(np.arange(len(counts)), counts)
         self.source = np.zeros_like(self.shard) if sources is None else np.repeat(sources, counts)  # of each sample
-        self.defects = [ShardDefect(p, *d) for p, e in zip(self.paths, entries, strict=True) for d in e.defects]
+        self.defects = [ShardDefect(shown(p), *d) for p, e in zip(self.paths, entries, strict=True) for d in e.defects]
         # One array, not a million strings: forked workers would copy these page by page as they count references.
         joined = "\n".join(key for e in entries for key in e.keys).encode("utf-8", "surrogateescape")
         self._keys = np.frombuffer(joined, np.uint8)
@@ -122,7 +121,7 @@ class ShardIndex:
         digest = hashlib.sha256()
         for i, path in enumerate(self.paths):
             first, stop = int(self._first[i]), int(self._first[i + 1])
-            name = path.rpartition("/")[2].encode("utf-8", "surrogateescape")
+            name = shard_name(path).encode("utf-8", "surrogateescape")
             digest.update(name + b"\n" + self._key_bytes(first, stop) if stop > first else name)
         digest.update(self.size.tobytes() + self.label.tobytes())
         return digest.hexdigest()[:16]
@@ -134,7 +133,7 @@ class ShardIndex:
             return len(lost)
         last = np.searchsorted(self.shard, np.arange(len(self.paths)), side="right") - 1  # sample of each shard
         ends = np.where(np.diff(self._first) > 0, (self.offset + self.size)[last], 0).tolist()
-        read = dict(zip(self.paths, ends, strict=True))
+        read = dict(zip(map(shown, self.paths), ends, strict=True))
         whole = sum(read.values()) - sum(d.size for d in lost if d.offset < read.get(d.shard, 0))
         return max(len(lost), round(sum(d.size for d in lost) * len(self) / max(1, whole)))
 
@@ -178,11 +177,13 @@ def open_index(patterns: str | Sequence[str], *, cache_dir: Path | None = None) 
             entries[path], stamps[path] = shard_entries, stamp[1:]
     paths = list(source_of)
     if not any(len(entries[path].keys) for path in paths):
-        others = " and others" if len(paths) > 1 else ""
-        raise InputError(f"{shown(paths[0])}{others}: no {', '.join(IMAGE_EXTENSIONS)} inside")
+        raise InputError(
+            f"{shown(paths[0])}{' and others' * (len(paths) > 1)}: no {', '.join(IMAGE_EXTENSIONS)} inside"
+        )
     cache = None
     if cache_dir is not None and any(map(is_remote, paths)):
-        cache = ShardCache(cache_dir, paths, [stamps[path][0] for path in paths])
+        contents = [entries[path].digest() if is_remote(path) else "" for path in paths]
+        cache = ShardCache(cache_dir, paths, [stamps[path][0] for path in paths], contents)
     source_numbers = np.array(list(source_of.values()), np.int64)
     known = [entries[path] for path in paths]
     return ShardIndex(paths, known, stamps=[stamps[path] for path in paths], sources=source_numbers, cache=cache)

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .addresses import is_remote, shard_name, shown
 from .dataset_file import read_dataset
 from .entries import ShardEntries, scan_shard
 from .errors import InputError
 from .files import replace_file
-from .patience import shown, unwritable
-from .remote import fetch, is_remote, read_remote
+from .patience import unwritable
+from .remote import fetch, read_remote
 from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
 from .tar_scan import Defect
 
@@ -80,7 +81,7 @@ def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -
         raise InputError(f"{shown(paths[0])}: only shards on local disks are read here")
     data = read_remote(f"{folder}/{INDEX_NAME}")
     known = {stamp[0]: (stamp, entries) for stamp, entries in (unpack(data) if data else {}).items()}
-    names = [path.rpartition("/")[2] for path in paths]
+    names = [shard_name(path) for path in paths]
     if any(name not in known for name in names):
         kept = _kept_index(folder, cache_dir)
         before = read_sidecar(kept)
@@ -88,8 +89,8 @@ def _remote_entries(folder: str, paths: Sequence[str], cache_dir: Path | None) -
         missing = [path for path, name in zip(paths, names, strict=True) if name not in known]
         if missing:
             print(
-                f"{shown(folder)}: no {INDEX_NAME} lists {shown(missing[0]).rpartition('/')[2]}; fetching "
-                f"{len(missing)} shards once to make one (launch/shards.py index makes one to put beside them)",
+                f"{shown(folder)}: no {INDEX_NAME} lists {shard_name(missing[0])}; fetching {len(missing)} shards once "
+                f"to make one (launch/shards.py index makes one to put beside them)",
                 flush=True,
             )
         for stamp, entries in scan_remote(missing, cache_dir):
@@ -107,13 +108,13 @@ def scan_remote(paths: Sequence[str], cache_dir: Path) -> Iterator[tuple[Stamp, 
         except OSError as error:
             raise unwritable(cache_dir, error) from error
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-            local = Path(folder) / path.rpartition("/")[2]
+            local = Path(folder) / "shard.tar"
             fetch(path, local)
             try:
                 entries = scan_shard(local)
             except InputError as error:
                 raise InputError(str(error).replace(str(local), shown(path))) from error
-            yield (local.name, local.stat().st_size, 0), entries
+            yield (shard_name(path), local.stat().st_size, 0), entries
 
 
 def _stamp(path: Path) -> Stamp:
@@ -128,7 +129,7 @@ def _replaced(known: Known, stamp: Stamp, entries: ShardEntries) -> Known:
 
 def _kept_index(folder: str, cache_dir: Path) -> Path:
     """Returns where the index is kept of shards in a folder that cannot be written, or at an address."""
-    return cache_dir / "indexes" / hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return cache_dir / "indexes" / hashlib.sha256(shown(folder).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _keep(folder: Path, known: Known) -> None:

@@ -5,23 +5,30 @@ given to `accelerator.prepare`, which would shard it a second time.
 """
 
 import multiprocessing
+import os
+import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .addresses import shown
 from .batches import Batch, Samples
 from .errors import InputError, ProcessError, printable
 from .fetching import Fetching, ranks_of_machine, remote_shards
 from .order import ShardPlan
-from .patience import shown
 from .ring import InRing, Ring
-from .signals import leave_signals_to_parent
+from .signals import ignored_by_children, leave_signals_to_parent
 from .spans import EvalSpans, Spans
+from .watch import AGAIN
 
 PREFETCHED = 2  # batches a worker reads ahead
 
@@ -38,13 +45,14 @@ class _Reader(Dataset):
 
     samples: Samples
     ring: Ring | None
-    places: Tensor | None = None  # a worker notes here which sample it reads
+    places: Tensor | None = None  # a worker notes here its process, and which sample it reads
 
     def __getitems__(self, numbered: tuple[int, int, int]) -> Batch | InRing | _Refused:
         number, start, stop = numbered
         if self.places is not None:
             worker = get_worker_info()
-            self.samples.place = self.places[worker.id if worker else 0]
+            pid, self.samples.place = self.places[worker.id if worker else 0]
+            pid.fill_(os.getpid())
         try:
             if self.ring is None:
                 return self.samples.batch(start, stop)
@@ -88,7 +96,8 @@ class Loader:
         self.num_workers = num_workers
         self.persistent = persistent and num_workers > 0
         self.fetching = fetching
-        self._places = torch.full((max(1, num_workers),), -1, dtype=torch.int64).share_memory_()  # samples being read
+        # By worker, its process and the sample that it reads.
+        self._places = torch.full((max(1, num_workers), 2), -1, dtype=torch.int64).share_memory_()
         self._kept = self._build() if self.persistent else None
         self._passes = 0
 
@@ -100,7 +109,9 @@ class Loader:
         loader = self._kept or self._build()
         self._passes += 1
         self._follow()
-        return self._pass(iter(loader), self._passes)  # the workers begin now, not when the first batch is asked for
+        with _deaths_noticed_later():  # the workers begin now, not when the first batch is asked for
+            batches = iter(loader)
+        return self._pass(batches, self._passes)
 
     def _pass(self, batches: Iterator[Any], mine: int) -> Iterator[Batch]:
         copies = self.num_workers > 0 and not torch.cuda.is_available()  # pinning copies as well
@@ -113,10 +124,17 @@ class Loader:
             if self.persistent and mine != self._passes:  # its batches have been overwritten by the later one
                 raise RuntimeError("a later pass over this loader has begun: this one cannot go on")
 
-    def reading(self) -> str:
-        """Returns which sample each worker is reading, or read last, for a message on one that hangs or died."""
+    def reading(self, *pids: int) -> str:
+        """Returns which sample each worker is reading, or read last, for a message on one that hangs or died.
+
+        With `pids`, only those of these processes.
+        """
         index = self.samples.index
-        places = [(worker, sample) for worker, sample in enumerate(self._places.tolist()) if sample >= 0]
+        places = [
+            (worker, sample)
+            for worker, (pid, sample) in enumerate(self._places.tolist())
+            if sample >= 0 and (not pids or pid in pids)
+        ]
         return "; ".join(
             f"worker {worker}: {shown(index.paths[int(index.shard[sample])])}, sample {printable(index.key(sample))}"
             for worker, sample in places
@@ -129,9 +147,11 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            said, opening, pids = " ".join(str(error).split()).rstrip(".").partition("(pid")
+            reading = self.reading(*map(int, re.findall(r"\d+", pids))) or "nothing yet"
             raise ProcessError(
-                f"{' '.join(str(error).split())} Then the workers were reading {self.reading() or 'nothing yet'}. If "
-                "memory ran out, lower num_workers or micro_batch_size; the same command continues the run"
+                f"{said}{opening}{pids}, reading {reading}: if memory ran out, lower num_workers or micro_batch_size; "
+                f"{AGAIN}"
             ) from error
 
     def _follow(self) -> None:
@@ -174,6 +194,18 @@ def build_loader(
     return Loader(samples, spans, num_workers=num_workers, persistent=persistent, fetching=fetching)
 
 
+@contextmanager
+def _deaths_noticed_later() -> Iterator[None]:
+    """Has a worker that dies noticed where its batch is waited for.
+
+    The handler that torch installs when workers begin raises an error wherever the main thread happens to be.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def _start_method(cuda: bool) -> Any:
     """Workers are forked where no GPU is in use (0.2 s), since a fork after CUDA has started deadlocks.
 
@@ -182,6 +214,10 @@ def _start_method(cuda: bool) -> Any:
     context = multiprocessing.get_context("forkserver" if cuda else "fork")
     if cuda:
         context.set_forkserver_preload([__name__])
+        # Both are programs of their own, and a signal to all processes of a job would end them, and the workers.
+        with ignored_by_children() if threading.current_thread() is threading.main_thread() else nullcontext():
+            resource_tracker.ensure_running()
+            forkserver.ensure_running()
     return context
 
 

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 LONGEST = 100_000  # entries
+AT_ONCE = 2000  # entries: some 50 ms
 CACHES_AHEAD = 4  # so many times what the cache holds: to delete the right shard takes more foresight than to fetch
 
 
@@ -24,22 +25,31 @@ class LookAhead:
         self._total_bytes = 0  # of these shards, each once
 
     def next_uses(self) -> dict[int, int]:
-        """Returns the shards that are in use or will be, soonest first, with their place in this order."""
+        """Returns the shards that are in use or will be, soonest first, with their place in this order.
+
+        It knows of those that `extend` has come to.
+        """
         reached = None
         for position, _ in self._entries:
             if position > self.position:
                 break
             reached = position
         self._drop_before(reached)
-        while self._is_short() and (entry := next(self._plan, None)):
+        self.turn = next((position for position, _ in self._entries if position > self.position), float("inf"))
+        return {shard: place for place, shard in enumerate(dict.fromkeys(shard for _, shard in self._entries))}
+
+    def extend(self) -> bool:
+        """Reads on in the plan, a bounded part of it; returns whether all that is worth knowing is known."""
+        for _ in range(AT_ONCE):
+            if not self._is_short() or (entry := next(self._plan, None)) is None:
+                return True
             position, shard = int(entry[0]), int(entry[1])
             self._total_bytes += 0 if shard in self._uses else self._sizes[shard]
             self._uses[shard] += 1
             self._entries.append((position, shard))
             if position <= self.position:
                 self._drop_before(position)
-        self.turn = next((position for position, _ in self._entries if position > self.position), float("inf"))
-        return {shard: place for place, shard in enumerate(dict.fromkeys(shard for _, shard in self._entries))}
+        return False
 
     def _is_short(self) -> bool:
         return (

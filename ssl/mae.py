@@ -20,7 +20,7 @@ class Reconstruction(NamedTuple):
     """What a masked autoencoder makes of a batch."""
 
     loss: Float[Tensor, ""]  # over masked units only
-    prediction: Float[Tensor, "B S V"]  # of all N units in grid order, pixels as (row, column, channel); or of some
+    prediction: Float[Tensor, "B S V"]  # the target's values, of all N units in grid order; or of some
     is_masked: Bool[Tensor, "B N"]  # True = hidden, so predicted and scored
 
 
@@ -39,7 +39,6 @@ class MaskedAutoencoder(nn.Module):
         loss: Literal["mse", "l1"] = "mse",
         pred_share: float = 1.0,
         encode_masked: bool = False,
-        multi_scale: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -47,10 +46,14 @@ class MaskedAutoencoder(nn.Module):
         self.target = target
         self.error = {"mse": F.mse_loss, "l1": F.l1_loss}[loss]
         self.pred_share = pred_share
-        self.multi_scale = multi_scale
         self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim)) if encode_masked else None
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def sharded_blocks(self) -> set[type[nn.Module]]:
+        """Classes of blocks, of encoder and decoder, that are always called as modules."""
+        return self.encoder.sharded_blocks | {type(block) for block in getattr(self.decoder, "blocks", ())}
 
     def forward(
         self, images: Float[Tensor, "B C H W"], masking: Masking, *, only_scored: bool = False
@@ -65,7 +68,7 @@ class MaskedAutoencoder(nn.Module):
                 f"masks are for {tuple(masking.ids_restore.shape)} (images, units) and there are "
                 f"{(len(images), self.encoder.num_units)}: draw them by encoder.sample_masking"
             )
-        if self.multi_scale:
+        if self.decoder.multi_scale:
             tokens: Tensor | list[Tensor] = self.encoder.stages(images, masking)
         elif self.mask_token is not None:
             tokens = self.encoder(images, masking, self.mask_token)
@@ -106,15 +109,7 @@ def attach_decoder(
     """
     what = build_target(target, unit_size=encoder.unit_size, in_chans=in_chans, pca_components=pca_components)
     head = build_decoder(decoder, encoder, num_values=what.num_values, encode_masked=encode_masked)
-    return MaskedAutoencoder(
-        encoder,
-        head,
-        what,
-        loss=loss,
-        pred_share=pred_share,
-        encode_masked=encode_masked,
-        multi_scale=decoder.multi_scale,
-    )
+    return MaskedAutoencoder(encoder, head, what, loss=loss, pred_share=pred_share, encode_masked=encode_masked)
 
 
 def build_autoencoder(

@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from .addresses import folder_of, is_remote, shown
 from .entries import ShardEntries, scan_shard
 from .errors import InputError
 from .files import replace_file
 from .index_files import scan_remote
-from .patience import shown
-from .remote import is_remote, read_remote, write_remote
+from .remote import read_remote, write_remote
 from .shard_config import IndexConfig
-from .shard_names import folder_of, shard_paths, sources
+from .shard_names import shard_paths, sources
 from .sidecar import INDEX_NAME, Known, Stamp, pack, read_sidecar, unpack
 
 

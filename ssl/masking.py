@@ -55,6 +55,8 @@ class Masking(NamedTuple):
 def num_keep(num_units: int, mask_ratio: float) -> int:
     """Returns K = int(N * (1 - mask_ratio)), MAE's rounding: 49 of 196 at 0.75.
 
+    In floating point, as there: 1 - 0.9 is less than a tenth, so a ratio of 0.9 keeps 1 of 20 units and not 2.
+
     Raises InputError unless 0 <= mask_ratio < 1 and at least one unit is kept.
     """
     if not 0 <= mask_ratio < 1:

@@ -4,7 +4,7 @@ A mask hides whole units (32 pixels for Swin), so most windows are partly empty.
 window is exact when tokens attend to tokens of their own window only; so the windows of one image are packed, the
 largest first, each into the first of a fixed number of groups that has room, and attention runs group by group under a
 mask of "same window". The number and size of the groups are chosen once, by trying a sample of masks: shapes never
-change from batch to batch, and a mask that does not fit (two to five in a hundred) is drawn again.
+change from batch to batch, and a mask that does not fit (up to five in a hundred) is drawn again.
 
 What is computed here is one number a window: the slot at which its tokens begin. The rest follows on the device.
 """
@@ -96,20 +96,32 @@ def pack_windows(
     First fit, the largest window first, for all images at a time; a window never straddles two groups of `group_size`
     slots. An empty window starts at 0.
     """
+    starts, needed = _first_fit(sizes, groups, group_size)
+    return starts, needed <= groups
+
+
+def _first_fit(
+    sizes: Int[np.ndarray, "B C"], groups: int, group_size: int
+) -> tuple[Int[np.ndarray, "B C"], Int[np.ndarray, " B"]]:
+    """Returns the slot of each window and the number of groups used, more than `groups` where those do not suffice."""
     images = np.arange(len(sizes))
     sizes = sizes.astype(np.int16)  # small numbers: the search below is bound by memory
-    used = np.zeros((len(sizes), groups), np.int16)
-    starts = np.zeros(sizes.shape, np.int32)
-    fits = np.ones(len(sizes), bool)
     order = np.argsort(-sizes, axis=1, kind="stable")  # of int16, a radix sort
-    for window in order.T[: int((sizes > 0).sum(axis=1).max())]:
-        size = sizes[images, window]
-        room = used + size[:, None] <= group_size
+    steps = np.ascontiguousarray(np.take_along_axis(sizes, order, axis=1).T[: int((sizes > 0).sum(axis=1).max())])
+    free = np.full((len(sizes), groups), group_size, np.int16)
+    found = np.ones(len(sizes), bool)
+    slots = np.zeros(sizes.shape, np.int32)
+    for i, size in enumerate(steps):
+        room = free[:, : i + 1] >= size[:, None]  # as many groups as windows so far are in use at the most
         group = room.argmax(axis=1)
-        fits &= room[images, group]
-        starts[images, window] = np.where(size > 0, group * group_size + used[images, group], 0)
-        used[images, group] += size
-    return starts, fits
+        left = free[images, group]
+        found &= room[images, group]
+        slots[:, i] = (group + 1) * group_size - left
+        free[images, group] = left - size
+    starts = np.zeros_like(slots)
+    np.put_along_axis(starts, order, slots, axis=1)
+    starts[sizes == 0] = 0
+    return starts, np.where(found, (free < group_size).sum(axis=1), groups + 1)
 
 
 def choose_shape(sizes: Int[np.ndarray, "B C"], window_area: int, misfits: float) -> tuple[int, int]:
@@ -121,21 +133,20 @@ def choose_shape(sizes: Int[np.ndarray, "B C"], window_area: int, misfits: float
     """
     tokens = int(sizes.sum(axis=1).max())
     largest = int(sizes.max())
+    may_miss = int(misfits * len(sizes) + 1e-9)
     best: tuple[float, int, int] | None = None
     for group_size in range(-(-largest // 8) * 8, max(3 * window_area, largest + 8), 8):
-        most = -(-2 * tokens // group_size) + 1
-        groups = next(
-            (g for g in range(-(-tokens // group_size), most) if _misfits(sizes, g, group_size) <= misfits), most
-        )
-        cost = groups * group_size * (1 + group_size / 400)
-        if best is None or cost < best[0]:
-            best = cost, groups, group_size
+        least, price = -(-tokens // group_size), group_size * (1 + group_size / 400)
+        if best is not None and least * price >= best[0]:
+            continue  # not even without empty slots would it be cheaper
+        # First fit does not look ahead: with fewer groups it does the same until it finds no room. And any two groups
+        # that it fills hold more than the size of one, so twice as many as would just hold the tokens are enough.
+        needed = _first_fit(sizes, -(-2 * tokens // group_size) + 1, group_size)[1]
+        groups = max(least, int(np.sort(needed)[len(needed) - 1 - may_miss]))
+        if best is None or groups * price < best[0]:
+            best = groups * price, groups, group_size
     assert best is not None
     return best[1:]
-
-
-def _misfits(sizes: np.ndarray, groups: int, group_size: int) -> float:
-    return 1 - float(pack_windows(sizes, groups, group_size)[1].mean())
 
 
 @dataclass(frozen=True)
@@ -149,14 +160,23 @@ class WindowPacker:
     def for_masks(
         cls, layouts: tuple[WindowLayout, ...], visible: Bool[np.ndarray, "B N"], *, misfits: float
     ) -> "WindowPacker":
-        """Returns a packer whose shapes hold all but a share `misfits` of these masks, layout by layout."""
-        shapes: list[tuple[int, int] | None] = []
-        for layout in layouts:
-            area = layout.window[0] * layout.window[1]
-            tokens = int(visible[0].sum()) * layout.tokens_per_unit
-            few = tokens <= MANY_WINDOWS * area
-            shapes.append(None if few else choose_shape(_sizes(layout, visible), area, misfits))
-        return cls(layouts, tuple(shapes))
+        """Returns a packer whose shapes hold all but at most a share `misfits` of these masks.
+
+        Each layout that packs may miss its part of them: with as much for each, more would miss the more there are.
+        """
+        areas = [layout.window[0] * layout.window[1] for layout in layouts]
+        kept = int(visible[0].sum())
+        packed = [
+            kept * layout.tokens_per_unit > MANY_WINDOWS * area for layout, area in zip(layouts, areas, strict=True)
+        ]
+        each = misfits / max(1, sum(packed))
+        return cls(
+            layouts,
+            tuple(
+                choose_shape(_sizes(layout, visible), area, each) if many else None
+                for layout, area, many in zip(layouts, areas, packed, strict=True)
+            ),
+        )
 
     def pack(self, visible: Bool[np.ndarray, "B N"]) -> tuple[Int[np.ndarray, "B C"], Bool[np.ndarray, " B"]]:
         """Returns the starts of the windows of all packed layouts, and for which masks every layout has room."""

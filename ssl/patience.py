@@ -2,7 +2,6 @@
 
 import errno
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from .addresses import shown
 from .errors import InputError
 
 T = TypeVar("T")
@@ -50,15 +50,10 @@ class Stalled(OSError):
     """No byte came for a while."""
 
 
-class WrongSize(OSError):
+class Changed(OSError):
     """What came is complete, but not what the index says."""
 
     is_final = False
-
-
-def shown(url: str) -> str:
-    """Returns the URL without password and query, which may hold a signature, for messages; a path as it is."""
-    return url if "://" not in url else re.sub(r"(?<=://)[^/@]*@|\?.*", "", url)
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:
@@ -103,7 +98,7 @@ def _kind(error: Exception) -> type[InputError]:
 def _explain(error: Exception) -> tuple[str, bool]:
     """Returns the reason with the way out, and whether to try again would be in vain."""
     status, text = _status(error), " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, WrongSize):
+    if isinstance(error, Changed):
         return text, error.is_final
     if isinstance(error, ImportError):
         return f"a package is missing ({text}); pip install 'quarterlight[remote]'", True

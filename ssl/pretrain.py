@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from .augment import CenterCrop, Normalize, random_crop
 from .batches import Batch, Samples
 from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
-from .engine import Figures, Hooks, Task, train
+from .engine import train
 from .errors import InputError
-from .export import ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
+from .export import ENCODER_EMA_FILE, ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .hybrid import has_batch_norm, with_statistics_of
 from .log import RunLog
 from .mae import MaskedAutoencoder, attach_decoder
@@ -26,11 +26,14 @@ from .masking import MaskSampler
 from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
+from .recompute import checkpoint_blocks
 from .released import load_encoder
 from .runs import write_result, write_run_files
+from .sharding import Whole, block_names
 from .signals import StopSignals
 from .stage import Opened, open_stage
 from .targets import PCATarget
+from .task import Figures, Hooks, Task
 
 PICTURE_IMAGES = 16
 COMPONENT_IMAGES = 2048  # principal components are fitted to
@@ -44,6 +47,8 @@ class PretrainTask(Task):
         super().__init__()
         self.autoencoder = autoencoder
         self.normalize = normalize
+        # accelerate's name for what it shards one by one
+        self._no_split_modules = block_names(self, autoencoder.sharded_blocks)
 
     @property
     def network(self) -> MaskedAutoencoder:
@@ -81,8 +86,11 @@ def pretrain(config: PretrainConfig) -> Figures:
     length = {"samples": len(order), "batch_size": config.batch_size}
     total_steps = steps_in("the run", config.steps, config.epochs, **length)
     schedule = build_schedule(config.optim, total_steps=total_steps, **length)
+    if config.grad_checkpointing:
+        checkpoint_blocks(autoencoder)
     task = PretrainTask(autoencoder, Normalize(spec.mean, spec.std))
     plain = {f"autoencoder.encoder.timm.{name}" for name in encoder.no_weight_decay}
+    whole = Whole(task, accelerator, config.ema_decay)
     optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
 
     # Read once: every export measures the batch norms on the same images.
@@ -90,13 +98,21 @@ def pretrain(config: PretrainConfig) -> Figures:
     if has_batch_norm(encoder.timm) and accelerator.is_main_process:
         statistics_images += _whole_images(samples, accelerator.device, STATISTICS_IMAGES)
 
+    def measured(model: nn.Module) -> nn.Module:
+        if not has_batch_norm(model):
+            return model
+        device = next(model.parameters()).device  # the host's, of the copy of a sharded one
+        normalize = whole.module.normalize.to(device)
+        return with_statistics_of(model, (normalize(images.to(device)) for images in statistics_images))
+
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)
         facts |= {"mask_ratio": config.mask.ratio, "target": config.target}
-        model = encoder.timm
-        if has_batch_norm(model):
-            model = with_statistics_of(model, map(task.normalize, statistics_images))
+        model = measured(whole.module.autoencoder.encoder.timm)
         export_weights(run_dir / ENCODER_FILE, model, spec, facts)
+        if whole.average is not None:
+            average = measured(whole.average.autoencoder.encoder.timm)
+            export_weights(run_dir / ENCODER_EMA_FILE, average, spec, facts | {"ema_decay": config.ema_decay})
         if progress["step"] == total_steps:
             title = f"{spec.name}, pretrained as a masked autoencoder"
             export_hub(run_dir / "hub", model, spec, title=title, facts=facts | progress["figures"])
@@ -109,8 +125,8 @@ def pretrain(config: PretrainConfig) -> Figures:
             print(f"batch norms are measured on {STATISTICS_IMAGES} whole images before every export", flush=True)
     if isinstance(autoencoder.target, PCATarget):
         _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
-    painter = Painter(opened, task, masks)
-    hooks = Hooks("pretrain", painter.draw, config.picture_every_steps, export, opened.fetching)
+    painter = Painter(opened, whole, masks)
+    hooks = Hooks("pretrain", painter.draw, config.picture_every_steps, export, whole, opened.fetching)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         write_result(run_dir, "pretrain", finished=True, steps=total_steps, **figures)
@@ -179,14 +195,14 @@ def _fit_components(
 class Painter:
     """Draws what the autoencoder makes of some fixed images under fixed masks, on the main process."""
 
-    def __init__(self, opened: Opened, task: PretrainTask, masks: MaskSampler) -> None:
-        self.task, self.accelerator = task, opened.accelerator
+    def __init__(self, opened: Opened, whole: Whole[PretrainTask], masks: MaskSampler) -> None:
+        self.whole, self.accelerator = whole, opened.accelerator
         self.png = opened.run_dir / "reconstructions.png"
         index = opened.val or opened.train
         near = index.cache is not None  # from all shards, unless each of them would have to be fetched
         last = int((index.shard == index.shard[0]).sum() if near else len(index)) - 1
         picked = np.linspace(0, last, min(PICTURE_IMAGES, last + 1)).astype(np.int64)
-        crop = CenterCrop(task.autoencoder.encoder.img_size, opened.config.data.crop_pct)
+        crop = CenterCrop(whole.module.autoencoder.encoder.img_size, opened.config.data.crop_pct)
         samples = opened.samples(index, FileOrder(picked), crop, masks)
         self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None
 
@@ -194,7 +210,7 @@ class Painter:
         """Writes reconstructions.png and the same picture to TensorBoard."""
         del signals  # it takes a moment only
         if self.batch is not None:
-            autoencoder, normalize = self.task.autoencoder, self.task.normalize
+            autoencoder, normalize = self.whole.module.autoencoder, self.whole.module.normalize
             batch = self.batch.to(self.accelerator.device)
             assert batch.masking is not None
             autoencoder.eval()

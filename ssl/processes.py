@@ -20,11 +20,13 @@ from torch import Tensor
 from .batches import Batch
 from .errors import InputError, Stopped
 from .loader import Loader
+from .sharding import apply_sharding, sharding_asked_for
 from .signals import StopSignals
+from .watch import alive
 
 
 def build_accelerator(precision: str) -> Accelerator:
-    """Returns accelerate's view of this process: device, autocast, DDP. On a GPU by CUDA or ROCm, else on the CPU.
+    """Returns accelerate's view of this process: device, autocast, DDP or FSDP2; on a GPU if there is one.
 
     Raises InputError for fp16 without a GPU.
     """
@@ -35,7 +37,11 @@ def build_accelerator(precision: str) -> Accelerator:
     warnings.filterwarnings("ignore", "Grad strides do not match")  # a one-channel patch embedding: no cost, no error
     # The first process may scan shards or fit probes alone for longer than the usual ten minutes; `watch` is quicker.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[ddp, patience])
+    plugin = sharding_asked_for()
+    on_gpus = None if cpu else plugin  # accelerate shards on GPUs only
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, fsdp_plugin=on_gpus, kwargs_handlers=[ddp, patience])
+    apply_sharding(accelerator, plugin)
+    return accelerator
 
 
 def micro_batch_size(batch_size: int, micro: int | None, world_size: int) -> int:
@@ -81,6 +87,7 @@ def until_stopped(loader: Loader, signals: StopSignals, accelerator: Accelerator
     batches = iter(loader)
     spans = [loader.spans.of_rank(rank) for rank in range(accelerator.num_processes)]
     for _ in range(max(map(len, spans))):  # a rank with a batch less answers all the same
+        alive()
         if any_process(signals.received is not None, accelerator):
             raise Stopped("stopped in the middle of an evaluation")
         if (batch := next(batches, None)) is not None:

@@ -15,26 +15,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .addresses import is_remote, shown
 from .errors import InputError
-from .patience import PATIENCE, Absent, Patience, Refused, Stalled, WrongSize, persist, shown, unwritable
+from .patience import PATIENCE, Absent, Changed, Patience, Refused, Stalled, persist, unwritable
 
 T = TypeVar("T")
 
-SAME_SIZE_TRIES = 3  # a body that is complete, but not of the size in the index, is believed after so many
+SAME_BODY_TRIES = 3  # a body that is complete, but not as the index says, is believed after so many
 
 
-def is_remote(location: str) -> bool:
-    """Returns True for a URL, False for a path."""
-    return "://" in location
-
-
-def fetch(url: str, path: Path, *, size: int | None = None, patience: Patience = PATIENCE) -> None:
+def fetch(
+    url: str, path: Path, *, size: int | None = None, content: str | None = None, patience: Patience = PATIENCE
+) -> None:
     """Downloads a file of `size` bytes (None: as many as the server says) to `path`; one call a path at a time.
+
+    `content` is `ShardEntries.digest()` of the shard that is expected: a shard written anew often has its old size, as
+    tars are filled up to a multiple of 10,240 bytes, and its labels would be those of other images.
 
     Raises InputError when the file cannot be had or `path` not be written. A kill leaves at most `.NAME.PID.partial`.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    sizes: list[int] = []
+    others: list[object] = []  # what came in place of what the index says
 
     def attempt() -> None:
         try:
@@ -47,7 +48,7 @@ def fetch(url: str, path: Path, *, size: int | None = None, patience: Patience =
             _run(_download(url, partial, patience.stall_s))
             if not partial.exists():
                 raise Stalled("the file was deleted while it was being written")
-            _check_size(url, partial, size, sizes)
+            _check(partial, size, content, others)
             _sync(partial)
             os.replace(partial, path)
 
@@ -206,21 +207,36 @@ async def _watched(transfer: Coroutine[Any, Any, Any], partial: Path, stall_s: f
             await asyncio.wait({task}, timeout=5)  # it may not write to the partial file of the next attempt
 
 
-def _check_size(url: str, partial: Path, size: int | None, sizes: list[int]) -> None:
-    """Raises WrongSize unless `size` bytes came; final once the last of `sizes`, seen so far, repeat themselves."""
+def _check(partial: Path, size: int | None, content: str | None, others: list[object]) -> None:
+    """Raises Changed unless the file is as expected; final once the last of `others`, seen so far, are the same."""
     came = partial.stat().st_size
-    if size is None or came == size:
+    if size is not None and came != size:
+        others.append(came)
+        what = f"{came} bytes came where the index says {size}"
+    elif content is not None and (found := _content(partial)) != content:
+        others.append(found)
+        what = "other samples came than the index lists"
+    else:
         return
-    sizes.append(came)
     with partial.open("rb") as file:
         is_page = file.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
     if is_page:
-        error = WrongSize("the server sends a web page in place of the shard; check the address and the login")
+        error = Changed("the server sends a web page in place of the shard; check the address and the login")
     else:
-        error = WrongSize(
-            f"{came} bytes came where the index says {size}, so the shard changed since its index was made; "
+        error = Changed(
+            f"{what}, so the shard changed since its index was made; "
             "python launch/shards.py index makes a new one (and if none lies beside the shards, the old one is kept in "
             "data.cache_dir/indexes: delete it)"
         )
-    error.is_final = len(sizes) >= SAME_SIZE_TRIES and len(set(sizes[-SAME_SIZE_TRIES:])) == 1
+    error.is_final = len(others) >= SAME_BODY_TRIES and len(set(others[-SAME_BODY_TRIES:])) == 1
     raise error
+
+
+def _content(file: Path) -> str:
+    """Returns `ShardEntries.digest()` of a shard; about 30 us a sample, which its download hides."""
+    from .entries import scan_shard  # and numpy, which only this needs
+
+    try:
+        return scan_shard(file).digest()
+    except InputError:
+        return "no tar"

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from .addresses import is_remote, shown
 from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE, read_dataset
 from .entries import IMAGE_EXTENSIONS, Sample, ShardEntries, group, image_of, scan_shard
 from .errors import InputError, printable
-from .files import remove_leftovers, replace_file, write_json, write_text
-from .patience import shown
-from .remote import is_remote
+from .files import remove_leftovers, replace_file, sha256_of, write_json, write_text
 from .shard_config import RepairConfig
 from .shard_names import shard_paths, sources
 from .sidecar import Known, read_sidecar
@@ -30,7 +29,7 @@ from .verify import SHOWN, counted, displayed
 
 DAMAGED_SUFFIX = ".damaged"
 
-LeftOut = dict[str, Any]  # shard, key, byte and reason
+LeftOut = dict[str, Any]  # shard, key, byte and reason; samples, where several are lost without their keys
 
 
 def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
@@ -58,7 +57,8 @@ def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
         found, kept = _repair(check)
         print(f"{displayed(check.path)}: rewritten without {_amount(found)}; the damaged one is now {kept}", flush=True)
         for line in found[: SHOWN - printed]:
-            print(printable(f"  {line['key'] or 'damage'} (byte {line['byte']}): {line['reason']}"))
+            where = "" if line["byte"] is None else f" (byte {line['byte']})"
+            print(printable(f"  {line['key'] or 'damage'}{where}: {line['reason']}"))
         printed, repaired, left_out = min(SHOWN, printed + len(found)), repaired + 1, left_out + found
     for folder in dict.fromkeys(Path(path).parent for path in paths):
         _update_dataset(folder, [Path(path) for path in paths if Path(path).parent == folder])
@@ -73,8 +73,9 @@ def repair_shards(patterns: Sequence[str], config: RepairConfig) -> bool:
 
 
 def _amount(left_out: Sequence[LeftOut]) -> str:
-    samples = sum(line["key"] is not None for line in left_out)
-    return f"{counted(samples, 'sample')} and {counted(len(left_out) - samples, 'damaged part')}"
+    samples = sum(line.get("samples", line["key"] is not None) for line in left_out)
+    parts = sum(line["key"] is None and "samples" not in line for line in left_out)
+    return f"{counted(samples, 'sample')} and {counted(parts, 'damaged part')}"
 
 
 def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
@@ -88,6 +89,7 @@ def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
     bad = _bad_samples(check, members)
     lines = [{"key": None, "byte": d.offset, "bytes": d.size, "reason": d.reason} for d in check.damage]
     lines += [{"key": key, "byte": offset, "reason": reason} for key, offset, _, reason in bad]
+    lines += _vanished(path, len(group(members)[0]))
     lines = [{"shard": path.name} | line for line in lines]
     dropped = {member.offset for _, _, files, _ in bad for member in files.values()}
     _append_missing(path.parent / LEFT_OUT_FILE, lines)  # first: written twice it is found out, forgotten it is not
@@ -100,6 +102,20 @@ def _repair(check: ShardCheck) -> tuple[list[LeftOut], str]:
 
     replace_file(path, write)
     return lines, kept
+
+
+def _vanished(path: Path, found: int) -> list[LeftOut]:
+    """Returns a line on the samples of which not even the key is left, where dataset.json says how many there were."""
+    try:
+        splits = read_dataset(str(path.parent)).get("splits", {}).values()
+        listed = {shard["name"]: shard["samples"] for split in splits for shard in split["shards"]}
+        lost = listed.get(path.name, 0) - found
+    except (InputError, KeyError, TypeError, AttributeError):  # somebody else's
+        return []
+    if lost <= 0:
+        return []
+    reason = f"{found} samples are there, and {DATASET_FILE} lists {listed[path.name]}: the others lay in the damage"
+    return [{"key": None, "byte": None, "samples": lost, "reason": reason}]
 
 
 def _bad_samples(check: ShardCheck, members: Sequence[Member]) -> list[tuple[str, int, Sample, str]]:
@@ -202,7 +218,10 @@ def _update_split(folder: Path, info: dict[str, Any], names: set[str]) -> None:
     for shard in info["shards"]:
         found = entries[shard["name"]]
         if shard["name"] in names and found is not None:
-            shard |= {"samples": len(found.keys), "bytes": (folder / shard["name"]).stat().st_size}
+            file = folder / shard["name"]
+            shard |= {"samples": len(found.keys), "bytes": file.stat().st_size}
+            if "sha256" in shard:
+                shard["sha256"] = sha256_of(file)
     info["samples"] = sum(shard["samples"] for shard in info["shards"])
     if info["per_class"] is not None:
         labels = np.concatenate([found.label for found in entries.values() if found is not None])

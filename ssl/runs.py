@@ -42,6 +42,11 @@ def open_run(config: RunConfig) -> Path:
     except OSError as error:
         raise InputError(f"run_dir {run_dir} cannot be written ({error.strerror}): choose another one") from error
     if not saved.exists():
+        if any((run_dir / "state").glob("step-*")):
+            raise InputError(
+                f"run_dir {run_dir} holds states, but its config.yaml is gone: write it anew with --print_config, or "
+                f"start another run_dir with --init {run_dir}/encoder.safetensors"
+            )
         if any(path for path in run_dir.iterdir() if not path.name.startswith(".")):
             raise InputError(f"run_dir {run_dir} is not empty and holds no run: choose another one")
         return run_dir

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .checkpoint import (
+    EMA_FILE,
     load_model,
     load_moments,
     load_progress,
@@ -19,6 +20,7 @@ from .checkpoint import (
 )
 from .errors import InputError
 from .processes import any_process, from_main
+from .sharding import Whole
 
 
 class Saver:
@@ -35,10 +37,11 @@ class Saver:
         accelerator: Accelerator,
         *,
         keep: int,
+        whole: Whole[Any],
         export: Callable[[dict[str, Any]], None],
     ) -> None:
         self.run_dir, self.task, self.optimizer = run_dir, task, optimizer
-        self.accelerator, self.keep, self.export = accelerator, keep, export
+        self.accelerator, self.keep, self.whole, self.export = accelerator, keep, whole, export
         self.folder: Path | None = None  # of the newest state
         self.saved_step: int | None = None  # that of the newest state
         self._refused = False  # the last one
@@ -66,9 +69,13 @@ class Saver:
                 "find the same states: all machines must see the same run_dir"
             )
         if folder is None:
+            if self.accelerator.is_main_process and (self.run_dir / "metrics.jsonl").exists():
+                print(f"{self.run_dir} has no states: it begins anew, and what it has released is replaced", flush=True)
             return None
         self.folder = folder
         load_model(folder, self.task)
+        if self.whole.average is not None:
+            load_model(folder, self.whole.average, EMA_FILE)
         progress = load_progress(folder)
         self.saved_step = progress["step"]
         return progress
@@ -78,19 +85,28 @@ class Saver:
         if self.folder is not None:
             load_moments(self.folder, self.task, self.optimizer)
 
-    def save(self, progress: dict[str, Any], *, last: bool) -> str | None:
+    def release(self, progress: dict[str, Any]) -> None:
+        """Writes the released weights, at the end."""
+        with self.whole.following(self.task):
+            if self.accelerator.is_main_process:
+                self.export(progress)
+
+    def save(self, progress: dict[str, Any], *, last: bool, leaving: bool = False) -> str | None:
         """Saves a state and, except behind the last step, releases weights. Returns what went wrong, if anything.
 
-        Raises InputError when it could not for the second time in a row, or for the last state of a run.
+        Raises InputError when it could not for the second time in a row, or where no next time follows: for the last
+        state of a run, or of one that is left.
         """
-        tensors, refusal = state_tensors(self.task, self.optimizer), None
+        writes = self.accelerator.is_main_process
+        tensors, refusal = state_tensors(self.task, self.optimizer, self.whole.average, keep=writes), None
+        self.whole.take(tensors.model)
         if self.accelerator.is_main_process:
             try:
                 self.folder = save_state(self.run_dir, tensors, progress, keep=self.keep)
                 if not last:
                     self.export(progress)
             except OSError as error:
-                refusal = f"{error.filename or self.run_dir} cannot be written ({error.strerror or error})"
+                refusal = f"{self.run_dir} cannot be written ({error.strerror or error})"
         refusal = from_main(refusal)
         again, self._refused = self._refused, refusal is not None
         if refusal is None:
@@ -98,6 +114,6 @@ class Saver:
             return None
         kept = f"the state of {self.folder.name} is whole" if self.folder else "no state was saved before"
         what = f"step {progress['step']}: {refusal}; {kept}"
-        if last or again:
+        if last or leaving or again:
             raise InputError(f"{what}. Make room or mend the disk; the same command then continues from there")
         return f"{what}. The run goes on, and ends if it cannot save the next time either"

@@ -1,7 +1,8 @@
 """Remote shards in a local folder, as the loader's workers see them: open what is there, ask for what is not.
 
-    FOLDER/shards-HASH/NAME.tar               complete shards; HASH is of the URL's folder
-    FOLDER/shards-HASH/.NAME.tar.PID.partial  a download under way
+    FOLDER/shards-HASH/HASH-NAME.tar          complete shards; the first HASH is of the URL's folder, the second of what
+                                              the index says of this shard, so another state of it is another file
+    FOLDER/shards-HASH/.HASH-NAME.tar.PID.partial  a download under way
     FOLDER/requests-HASH/                     where readers and fetcher of one list of shards meet:
         fetcher.lock                          held by the fetcher as long as it lives
         names                                 the files that this fetcher may use; others' fetchers leave them alone
@@ -21,8 +22,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .addresses import folder_of, shard_name, shown
 from .errors import InputError
-from .patience import shown, unwritable
+from .patience import unwritable
 
 LONGEST_WAIT_S = 0.05  # between two looks for a file
 SHARDS, REQUESTS = "shards-", "requests-"
@@ -31,17 +33,29 @@ SHARDS, REQUESTS = "shards-", "requests-"
 class ShardCache:
     """The shards behind `urls`, of `sizes` bytes, in `folder`; their number is their place in `urls`.
 
-    Raises InputError when a URL stands there twice.
+    `contents` has `ShardEntries.digest()` of each, by which a shard is told from another state of it that has the same
+    size; None: sizes must do. Raises InputError when a URL stands there twice.
     """
 
-    def __init__(self, folder: Path, urls: Sequence[str], sizes: Sequence[int], *, grace_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        urls: Sequence[str],
+        sizes: Sequence[int],
+        contents: Sequence[str] | None = None,
+        *,
+        grace_s: float = 10.0,
+    ) -> None:
         self.folder = Path(folder).absolute()
         self.urls = list(urls)
         self.sizes = [int(size) for size in sizes]
-        self.names = [_file_name(url) for url in self.urls]  # below `folder`
-        if twice := next((url for url, count in Counter(self.urls).items() if count > 1), None):
+        self.contents = None if contents is None else list(contents)
+        states = list(zip(self.urls, self.sizes, self.contents or [""] * len(self.urls), strict=True))
+        self.names = [_file_name(*state) for state in states]  # below `folder`
+        places = Counter(map(_place, self.urls))
+        if twice := next((url for url in self.urls if places[_place(url)] > 1), None):
             raise InputError(f"shards: {shown(twice)} is named twice")
-        listing = "\n".join(f"{url} {size}" for url, size in zip(self.urls, self.sizes, strict=True))
+        listing = "\n".join(f"{url} {size} {content}" for url, size, content in states)
         self.desk = self.folder / f"{REQUESTS}{_hash(listing)}"
         self.grace_s = grace_s  # a reader waits so long for a fetcher to appear
 
@@ -165,11 +179,13 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _file_name(url: str) -> str:
-    """Returns SUBFOLDER/NAME, the same for the same URL in every run."""
-    place, _, query = url.partition("?")
-    folder, _, name = place.rpartition("/")
+def _place(url: str) -> tuple[str, str]:
+    return shown(folder_of(url)), shard_name(url)
+
+
+def _file_name(url: str, size: int, content: str) -> str:
+    """Returns SUBFOLDER/NAME, the same in every run for the same state of what is behind the URL."""
+    folder, name = _place(url)
     plain = re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII).lstrip(".")[-100:]
-    if plain != name or query or not name:  # two shards may differ in nothing but what was taken away
-        plain = f"{_hash(url)}-{plain}"
-    return f"{SHARDS}{_hash(folder)}/{plain}"
+    state = _hash(f"{name} {size} {content}")  # of the whole name: two may differ in nothing but what was taken away
+    return f"{SHARDS}{_hash(folder)}/{state}-{plain}"

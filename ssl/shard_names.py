@@ -3,24 +3,25 @@
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import braceexpand
 
+from .addresses import is_remote, shown
 from .errors import InputError
-from .patience import shown
-from .remote import glob_remote, is_remote, read_remote
+from .remote import glob_remote, read_remote
 
-SEPARATOR = "::"  # between sources, as open_clip writes them
+SEPARATOR = re.compile(r"::(?![^\[\]]*\])")  # between sources, as open_clip writes them; not in https://[::1]/a.tar
 INFO_SUFFIX = "info.json"
 
 
 def sources(patterns: str | Sequence[str]) -> list[str]:
     """Returns the sources that are mixed: the elements of a list, or the parts of 'a.tar::b.tar'."""
     given = [patterns] if isinstance(patterns, str) else patterns
-    found = [part for pattern in given for part in pattern.split(SEPARATOR) if part]
+    found = [part for pattern in given for part in SEPARATOR.split(pattern) if part]
     if not found:
         raise InputError("shards: no pattern given")
     return found
@@ -40,11 +41,6 @@ def shard_paths(pattern: str) -> list[str]:
     for part in parts:
         found |= dict.fromkeys(_of_info_file(part) or (_remote(part) if is_remote(part) else _local(part)))
     return list(found)
-
-
-def folder_of(path: str) -> str:
-    """Returns the folder of a shard, a path or an address."""
-    return path.rpartition("/")[0] or "/"
 
 
 def read_small_file(location: str) -> bytes | None:
@@ -74,9 +70,10 @@ def _remote(part: str) -> list[str]:
     name = part.partition("?")[0] if part.startswith("http") else part
     path = name.partition("://")[2].partition("/")[2]
     if not path or path.endswith("/"):
-        example = f"{shown(name).rstrip('/')}/train-{{000..146}}.tar"
-        raise InputError(f"shards: {shown(part)} names no tar; write {example}, or the like")
-    if not glob.has_magic(name):
+        raise InputError(
+            f"shards: {shown(part)} names no tar; write {shown(name).rstrip('/')}/train-{{000..146}}.tar, or the like"
+        )
+    if not glob.has_magic(path):
         return [part]  # whether it is there is known when it is fetched: a thousand questions take minutes
     matches = glob_remote(part)
     if not matches:
@@ -103,9 +100,10 @@ def _of_info_file(part: str) -> list[str]:
             f"shards: {shown(file)} lists no splits with filenames, as timm writes them ({error!r})"
         ) from error
     if split not in names:
-        file = shown(file)
-        example = f"{file}:{next(iter(names), 'train')}"
-        raise InputError(f"shards: {file} has the splits {', '.join(names)}: write one behind it, as in {example}")
+        example = f"{shown(file)}:{next(iter(names), 'train')}"
+        raise InputError(
+            f"shards: {shown(file)} has the splits {', '.join(names)}: write one behind it, as in {example}"
+        )
     paths = [f"{folder}/{name}" if folder else name for name in names[split]]
     return [path if is_remote(path) else next(_local(path)) for path in paths]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .dataset_file import DATASET_FILE, LEFT_OUT_FILE
 from .errors import InputError, printable
-from .files import remove_leftovers, write_json, write_text
+from .files import remove_leftovers, sha256_of, write_json, write_text
 from .shard_config import ShardsConfig
 from .sources import InShard, Source
 
@@ -118,7 +118,13 @@ def finish(out: Path, found: Source, journal: dict[str, Any], more: dict[str, st
             "samples": sum(shard["samples"] for shard in own),
             "per_class": _per_class(own, found.classes),
             "shards": [
-                {"name": s["name"], "samples": s["samples"], "bytes": (out / s["name"]).stat().st_size} for s in own
+                {
+                    "name": s["name"],
+                    "samples": s["samples"],
+                    "bytes": (out / s["name"]).stat().st_size,
+                    "sha256": s.get("sha256") or sha256_of(out / s["name"]),  # an older version was interrupted
+                }
+                for s in own
             ],
         }
     dataset = {"plan": journal["plan"], **more, "classes": found.classes, "splits": splits, "left_out": len(left_out)}

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
+from .addresses import folder_of, is_remote, shard_name, shown
 from .encode import Encoded, ImageEncoder
 from .errors import InputError
-from .files import replace_file, write_json
-from .patience import shown
+from .files import replace_file, sha256_of, write_json
 from .randoms import hashes
-from .remote import fetch, is_remote
+from .remote import fetch
 from .shard_config import ReshardConfig, ShardsConfig
 from .shard_names import shard_paths, sources
 from .shard_records import (
@@ -67,7 +67,9 @@ def reshard(patterns: Sequence[str], out_dir: str, config: ReshardConfig) -> dic
     paths = list(dict.fromkeys(path for source in sources(patterns) for path in shard_paths(source)))
     if inside := [path for path in paths if Path(path).parent == out.absolute()]:
         raise InputError(f"out_dir {out} holds {Path(inside[0]).name}, which is to be read: choose another folder")
-    request = hashlib.sha256(json.dumps([paths, deciding_options(options)]).encode()).hexdigest()[:16]
+    request = hashlib.sha256(
+        json.dumps([[_place(path) for path in paths], deciding_options(options)]).encode()
+    ).hexdigest()[:16]
     addresses = [path for path in paths if is_remote(path)]
     dataset = finished_dataset(out, request, by="request") if addresses else None  # not to fetch them all again
     if dataset is None:
@@ -86,12 +88,17 @@ def _local(path: str, folder: Path) -> str:
     """Returns a local path as it is, and for an address that of the shard fetched to `folder`, unless it is there."""
     if not is_remote(path):
         return path
-    file = folder / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.tar"
+    file = folder / f"{hashlib.sha256(_place(path).encode()).hexdigest()[:16]}.tar"
     if not file.exists():
         make_folder(folder)
         print(f"fetching {shown(path)}", flush=True)
         fetch(path, file)
     return str(file.absolute())
+
+
+def _place(path: str) -> str:
+    """Returns what is the same for a shard however its address is signed."""
+    return f"{shown(folder_of(path))}/{shard_name(path)}"
 
 
 def _check_options(config: ShardsConfig) -> None:
@@ -176,7 +183,8 @@ def _write_tar(path: Path, encoded: Iterator[Encoded], start: int, config: Shard
                 tar.close()
             raise
     counts = {str(label): count for label, count in per_class.items() if label is not None}
-    return {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
+    found = {"samples": sum(per_class.values()), "per_class": counts, "left_out": left_out, "next": position}
+    return found | {"sha256": sha256_of(path)}
 
 
 def _key(image: SourceImage, position: int) -> str:

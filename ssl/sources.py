@@ -10,13 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .addresses import folder_of, shard_name, shown
 from .dataset_file import DATASET_FILE, read_dataset
 from .entries import UNLABELLED
 from .errors import InputError
 from .index import ShardIndex, open_index
-from .patience import shown
 from .randoms import hashes
-from .shard_names import folder_of
 
 FILE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test")
@@ -86,7 +85,7 @@ def read_shards(paths: dict[str, str], *, val_share: float | None, seed: int) ->
     val_shards = {f"{folder}/{name}" for folder, dataset in datasets.items() for name in _val_shards(dataset)}
     splits: dict[str, list[SourceImage]] = {"train": [], "val": []}
     for path, images in _images_in(index, paths):
-        splits["val" if path in val_shards else "train"] += images
+        splits["val" if f"{folder_of(path)}/{shard_name(path)}" in val_shards else "train"] += images
     splits = {split: images for split, images in splits.items() if images}
     if val_share is not None and "val" in splits:
         raise InputError(
@@ -95,7 +94,7 @@ def read_shards(paths: dict[str, str], *, val_share: float | None, seed: int) ->
         )
     if val_share:
         splits = _split_by_share(splits["train"], val_share, seed)
-    shard_names = {local: shown(path).rpartition("/")[2] for path, local in paths.items()}
+    shard_names = {local: shard_name(path) for path, local in paths.items()}
     damaged = [
         {"file": shard_names[x.shard], "reason": f"{x.reason} (byte {x.offset}, {x.size} bytes lost)"}
         for x in index.defects
@@ -110,7 +109,7 @@ def _images_in(index: ShardIndex, paths: dict[str, str]) -> Iterator[tuple[str, 
     counts = np.bincount(index.shard, minlength=len(paths)).tolist()
     for (path, local), count in zip(paths.items(), counts, strict=True):
         stop = first + count
-        shard = shown(path).rpartition("/")[2]
+        shard = shard_name(path)
         rows = zip(*(x[first:stop].tolist() for x in (index.label, index.offset, index.size)), strict=True)
         images = []
         for i, (label, offset, size) in enumerate(rows, first):

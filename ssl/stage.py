@@ -2,30 +2,35 @@
 
 import atexit
 import os
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jaxtyping import Int
 
+from .addresses import shown
 from .augment import CenterCrop, RandomCrop
 from .batches import Samples
 from .config import DataConfig, RunConfig
-from .engine import BAD_SAMPLES_ALLOWED, BAD_SAMPLES_FILE
 from .errors import InputError
 from .export import ModelSpec
 from .fetching import Fetching
+from .incidents import BAD_SAMPLES_ALLOWED, BAD_SAMPLES_FILE
 from .index import ShardIndex, open_index, refuse_damage
 from .log import append_jsonl
 from .masking import MaskSampler
 from .order import Order, build_order
-from .patience import shown
-from .processes import build_accelerator
+from .processes import build_accelerator, from_main
 from .released import Weights, encoder_spec, read_weights
 from .runs import open_run
 from .shard_names import sources
 from .small_images import SmallImages, find_small_images
+
+SEEN_WITHIN_S = 10.0  # what the main process has written in the run folder, by all others
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
     Raises InputError for whatever cannot be used.
     """
     accelerator = build_accelerator(config.precision)
-    run_dir = open_run(config)
+    run_dir = _open_shared_run(config, accelerator)
     data = config.data
     weights = read_weights(init) if init is not None else None  # before the shards, which may take long
     spec = encoder_spec(config.encoder, data, weights)
@@ -94,6 +99,33 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
     if accelerator.is_main_process:
         _report_defects(train, run_dir)
     return Opened(accelerator, run_dir, config, train, val, None if untrained else weights, spec, fetching, small)
+
+
+def _open_shared_run(config: RunConfig, accelerator: Accelerator) -> Path:
+    """Opens the run folder, by the main process, and makes sure that all processes see it. Raises InputError."""
+    run_dir, mark, mistake = Path(config.run_dir), f".seen-{os.urandom(8).hex()}.partial", None
+    if accelerator.is_main_process:
+        try:
+            open_run(config)
+            (run_dir / mark).touch()
+        except InputError as error:  # the others wait for an answer
+            mistake = str(error)
+    mark, mistake = from_main((mark, mistake))
+    if mistake is not None:
+        raise InputError(mistake)
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (seen := (run_dir / mark).exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [] if seen else [f"process {accelerator.process_index} ({socket.gethostname()})"]
+    blind = gather_object(blind)
+    if accelerator.is_main_process:
+        (run_dir / mark).unlink()
+    if blind:
+        raise InputError(
+            f"run_dir {run_dir}: {blind[0]} does not see what process 0 writes there: give a folder that all machines "
+            "share, under the same path"
+        )
+    return run_dir
 
 
 def cache_folder(data: DataConfig) -> Path:

@@ -131,25 +131,39 @@ class Stock:
                     Path(file.path).unlink(missing_ok=True)
 
     def _serve(self, wanted: set[int]) -> None:
-        """Starts downloads: of what somebody waits for, then of what the run needs next, as far as there is room."""
+        """Starts downloads: of what somebody waits for, then of what the run needs next, as far as there is room.
+
+        Who waits does not wait for the plan, whose epochs may be long; what is fetched ahead does, since it takes the
+        place of what is needed last.
+        """
         now = time.monotonic()
         for shard in wanted & self.present:
             if now > self.unclaimed_until.setdefault(shard, now + UNCLAIMED_S):
                 self.cache.wanted(shard).unlink(missing_ok=True)
         self.unclaimed_until = {shard: at for shard, at in self.unclaimed_until.items() if shard in wanted}
         places = self.look_ahead.next_uses()
-        there = self.present | self.in_flight
+        in_turn = sorted(wanted, key=lambda x: places.get(x, len(places)))
+        if not self._start(in_turn, places, wanted, self.job.parallel * 2):  # a request need not wait for others
+            return
+        if not self.look_ahead.extend():
+            self.has_news = True  # goes on after another look at who waits
+            return
+        places = self.look_ahead.next_uses()
         ahead = [shard for shard in places if shard not in wanted and self.not_before.get(shard, now) <= now]
-        for shard in [*sorted(wanted, key=lambda x: places.get(x, len(places))), *ahead]:
-            is_wanted = shard in wanted
-            if shard in there:
+        self._start(ahead, places, wanted, self.job.parallel)
+
+    def _start(self, shards: Iterable[int], places: dict[int, int], wanted: set[int], parallel: int) -> bool:
+        """Starts the downloads of those that are not there; returns False where one has to wait, and all after it."""
+        for shard in shards:
+            if shard in self.present | self.in_flight:
                 continue
-            if len(self.in_flight) >= self.job.parallel * (2 if is_wanted else 1):  # a request need not wait for others
-                break
-            if not self._make_room(shard, -1 if is_wanted else places[shard], places, wanted):
-                break
+            if len(self.in_flight) >= parallel:
+                return False
+            if not self._make_room(shard, -1 if shard in wanted else places[shard], places, wanted):
+                return False
             self.in_flight.add(shard)
             threading.Thread(target=or_end, args=(self._download, shard), daemon=True).start()
+        return True
 
     def _make_room(self, shard: int, place: int, places: dict[int, int], wanted: set[int]) -> bool:
         """Deletes what is needed after `place`, latest first, until `shard` fits; nothing, and False, if it cannot."""
@@ -179,8 +193,13 @@ class Stock:
     def _download(self, shard: int) -> None:
         failure = None
         try:
-            size = self.cache.sizes[shard]
-            fetch(self.cache.urls[shard], self.cache.path(shard), size=size, patience=self.job.patience)
+            fetch(
+                self.cache.urls[shard],
+                self.cache.path(shard),
+                size=self.cache.sizes[shard],
+                content=None if self.cache.contents is None else self.cache.contents[shard],
+                patience=self.job.patience,
+            )
         except InputError as error:
             failure = str(error)
         with self.changed:

@@ -1,7 +1,7 @@
 """timm's Swin transformers as encoders of visible units: linear layers on visible tokens only, attention in windows.
 
 Tokens are kept unit by unit, inside a unit in the order in which patches merge, so merging is a reshape and units keep
-their order through all stages. Only attention needs another arrangement: windows packed into groups (packing.py). A
+their order through all stages. Only attention needs another arrangement: windows in groups (window_groups.py). A
 query attends to the visible tokens of its own window, with timm's shift and relative-position bias, so this is timm's
 model with masked tokens excluded as keys, and with nothing masked it is timm's model.
 
@@ -11,7 +11,7 @@ has a mask of its own, where there one serves a whole batch, and plans are made 
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +23,14 @@ from torch.nn import functional as F
 
 from .attention import attend, relative_bias
 from .encoder import Encoder
-from .errors import InputError
 from .masking import Masking, MaskSampler, Packing
 from .packing import WindowLayout, WindowPacker, unit_order
+from .recompute import runner
 from .tiling import check_windows
+from .window_groups import Groups, LayoutTables, rearranged
 
 TRIAL_UNITS = 50_000  # in the masks that choose the shapes of the groups: 1000 masks of 49 units
-MISFITS = 0.02  # share of masks that may not fit one layout, of four to eight; they are drawn again
-
-
-class Groups(NamedTuple):
-    """How the visible tokens of a batch are arranged for one layout, G groups of L slots in all."""
-
-    slots: Int[Tensor, " n"] | None  # slot of every token; None: tokens in their own order are the groups
-    source: Int[Tensor, " rows"] | None  # token in every slot; slots that stay empty repeat token 0
-    places: Int[Tensor, "G L"]  # place in the window
-    pairs: Int[Tensor, "G L L"]  # row of the bias table, or R where two slots are not of one window
+MISFITS = 0.08  # share of masks that may not fit, divided among the layouts that pack; they are drawn again
 
 
 class SwinEncoder(Encoder):
@@ -89,6 +81,7 @@ class SwinEncoder(Encoder):
     ) -> Float[Tensor, "B K D"]:
         """Returns the tokens of all units in grid order, or of the kept ones in the order of `ids_keep`; normalized."""
         swin = self.timm
+        self._check_size(images, masking)
         if masking is None:
             return swin.forward_features(images).flatten(1, 2)
         if mask_token is None:
@@ -98,12 +91,15 @@ class SwinEncoder(Encoder):
         x = swin.patch_embed(images)  # [B, h, w, T]
         x = torch.where(hidden[:, :, :, None], mask_token.to(x.dtype), x)
         for stage in swin.layers:
-            x = stage.blocks(self._residual(stage.downsample(x), images))
+            x = self._residual(stage.downsample(x), images)
+            for block in stage.blocks:  # the second version's are no Sequential
+                x = block(x)
         return swin.norm(x).flatten(1, 2)
 
     def stages(self, images: Float[Tensor, "B C H W"], masking: Masking) -> list[Float[Tensor, "B _ _"]]:
         """Returns the tokens of the kept units after every stage, those of a unit together; the last normalized."""
         swin = self.timm
+        self._check_size(images, masking)
         groups = self._arrange(masking)
         x, found = self._embed(images, masking.ids_keep), []
         for number, stage in enumerate(swin.layers):
@@ -115,9 +111,9 @@ class SwinEncoder(Encoder):
             now: Groups | None = None  # the arrangement that x is in; None: the tokens' own order
             for block, layout in zip(stage.blocks, self.layout_numbers[number], strict=True):
                 wanted = groups[layout]
-                x = _rearranged(x, now, wanted)
-                x, now = _run_block(block, x, wanted), wanted
-            x = _rearranged(x, now, None)
+                x = rearranged(x, now, wanted)
+                x, now = runner(block, _run_block)(block, x, wanted), wanted
+            x = rearranged(x, now, None)
             found.append(x)
         return [*found[:-1], swin.norm(found[-1])]
 
@@ -130,8 +126,6 @@ class SwinEncoder(Encoder):
         """Returns the patch embeddings of the kept units, which are embedded as small images."""
         patch_embed = self.timm.patch_embed
         (b, c), u, (h, w) = images.shape[:2], self.unit_size, self.grid
-        if tuple(images.shape[2:]) != self.img_size:
-            raise InputError(f"images of {tuple(images.shape[2:])} pixels given to an encoder for {self.img_size}")
         units = images.reshape(b, c, h, u, w, u).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, u, u]
         image = torch.arange(b, device=images.device)[:, None]
         kept = units[image, ids_keep // w, ids_keep % w].flatten(0, 1)  # [B*K, C, u, u]
@@ -159,7 +153,7 @@ class SwinEncoder(Encoder):
         return Packing(starts, packer.shapes, torch.zeros(len(visible), dtype=torch.long))
 
     def _packed(self, plain: MaskSampler) -> MaskSampler:
-        """Adds packings in shapes that hold 95 or more of 100 masks; the others are redrawn."""
+        """Adds packings in shapes that hold some 95 or more of 100 masks; the others are redrawn."""
         if plain not in self.samplers:
             trials = min(1000, max(300, TRIAL_UNITS // plain.num_units))
             trials = trials if plain.num_keep < plain.num_units else 1  # with nothing hidden there is one mask
@@ -167,49 +161,6 @@ class SwinEncoder(Encoder):
             packer = WindowPacker.for_masks(self.layouts, visible, misfits=MISFITS)
             self.samplers[plain] = replace(plain, packer=packer)
         return self.samplers[plain]
-
-
-class LayoutTables(nn.Module):
-    """A `WindowLayout` on the device, and what turns kept units into groups there, without waiting."""
-
-    window_of: Tensor
-    place_of: Tensor
-    counts: Tensor
-    rank_of: Tensor
-
-    def __init__(self, layout: WindowLayout) -> None:
-        super().__init__()
-        self.window = layout.window
-        for name in ("window_of", "place_of", "counts", "rank_of"):
-            self.register_buffer(name, torch.from_numpy(getattr(layout, name)), persistent=False)
-
-    def arrange(
-        self, ids_keep: Int[Tensor, "B K"], starts: Int[Tensor, "B C"], shape: tuple[int, int] | None
-    ) -> Groups:
-        """Returns the groups of a batch, in the given number and size, or one for each image."""
-        (b, k), unit, device = ids_keep.shape, ids_keep.flatten(), ids_keep.device
-        windows = self.window_of.index_select(0, unit).view(b, -1)  # [B, K*T]
-        places = self.place_of.index_select(0, unit).view(b, -1)
-        n = windows.shape[1]
-        slots = source = None
-        if shape is not None:
-            per_image = shape[0] * shape[1]
-            counts = self.counts.index_select(0, unit).view(b, k, -1)
-            earlier = counts.cumsum(dim=1, dtype=torch.int32) - counts  # [B, K, C] tokens of units before, by window
-            rank = earlier.gather(2, windows.view(b, k, -1)) + self.rank_of.index_select(0, unit).view(b, k, -1)
-            image = torch.arange(b, device=device)[:, None]
-            slots = (starts.gather(1, windows) + rank.view(b, n) + image * per_image).flatten()
-            rows = b * per_image
-            source = slots.new_zeros(rows).index_copy_(0, slots, torch.arange(b * n, device=device))
-            windows = windows.new_full((rows,), -1).index_copy_(0, slots, windows.flatten())
-            places = places.new_zeros(rows).index_copy_(0, slots, places.flatten())
-        length = n if shape is None else shape[1]
-        windows, places = windows.int().view(-1, length), places.int().view(-1, length)
-        high, wide = self.window
-        code = places // wide * (2 * wide - 1) + places % wide
-        pairs = code[:, :, None] - code[:, None, :] + (high - 1) * (2 * wide - 1) + wide - 1
-        same = windows[:, :, None] == windows[:, None, :]  # empty slots see each other: a softmax needs some key
-        return Groups(slots, source, places, torch.where(same, pairs, (2 * high - 1) * (2 * wide - 1)))
 
 
 def _blocks(swin: Any, stage: int) -> list[Any]:
@@ -245,41 +196,3 @@ def _attention(attn: Any, x: Float[Tensor, "B S E"], groups: Groups) -> Float[Te
     dropout = attn.attn_drop.p if attn.training else 0.0
     x = attend(q, k, v, bias, scale=scale, dropout=dropout).transpose(1, 2).reshape(*x.shape[:2], -1)
     return attn.proj_drop(attn.proj(x))
-
-
-def _rearranged(x: Float[Tensor, "B S E"], now: Groups | None, wanted: Groups | None) -> Float[Tensor, "B S2 E"]:
-    """Returns the tokens moved from one arrangement to another; None is their own order."""
-    before = now.slots if now is not None else None
-    after = wanted.slots if wanted is not None else None
-    if before is after:
-        return x
-    source = wanted.source if wanted is not None else None
-    if source is not None and before is not None:
-        source = before.index_select(0, source)
-    moved: Any = _MovedRows.apply(x.flatten(0, 1), source, before, after)
-    return moved.view(len(x), -1, x.shape[2])
-
-
-class _MovedRows(torch.autograd.Function):
-    """y = x[source], or x[before] (None). Every token has one row in x (`before`) and one in y (`after`).
-
-    So the gradient is two row copies. That of plain indexing would add rows one by one, on a GPU by atomics. Rows of
-    empty slots get none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor | None, before: Tensor | None, after: Tensor | None) -> Tensor:
-        ctx.save_for_backward(before, after)
-        ctx.num_rows = len(x)
-        rows = before if source is None else source  # once in the arguments: the compiler refuses one tensor twice
-        assert rows is not None
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (before, after), (grad,) = ctx.saved_tensors, grads
-        if after is not None:
-            grad = grad.index_select(0, after)
-        if before is not None:
-            grad = grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy_(0, before, grad)
-        return grad, None, None, None

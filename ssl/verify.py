@@ -10,15 +10,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from .addresses import folder_of, is_remote, shown
 from .check import ShardCheck, check_shards
 from .dataset_file import DATASET_FILE, read_dataset
 from .entries import UNLABELLED
 from .errors import InputError, printable
 from .files import write_text
-from .patience import shown
-from .remote import is_remote
 from .shard_config import VerifyConfig
-from .shard_names import folder_of, shard_paths, sources
+from .shard_names import shard_paths, sources
 
 SHOWN = 20  # findings on the screen
 
@@ -26,7 +25,7 @@ SHOWN = 20  # findings on the screen
 class Finding(NamedTuple):
     """Something wrong with the shards; a "note" is odd, but loses nothing."""
 
-    kind: Literal["damaged", "unreadable", "missing", "miscounted", "note"]
+    kind: Literal["damaged", "unreadable", "missing", "miscounted", "changed", "note"]
     shard: str
     key: str | None
     byte: int | None  # from the start of the tar
@@ -39,6 +38,7 @@ class _Checked:
     """What is kept of a shard until all are read: about 60 bytes a sample."""
 
     size: int  # bytes
+    sha256: str  # empty where something else is wrong with it, which says more
     is_read: bool
     keys: str  # a line each
     key_hash: Int[np.ndarray, " n"]
@@ -60,7 +60,13 @@ class _Verification:
         readable[[bad.row for bad in check.unreadable]] = False
         hashes = np.array([hash(key) for key in check.keys], np.int64)
         self.shards[check.path] = _Checked(
-            check.size, check.failure is None, "\n".join(check.keys), hashes, check.digest[readable], check.label
+            check.size,
+            check.sha256 * check.is_whole,
+            check.failure is None,
+            "\n".join(check.keys),
+            hashes,
+            check.digest[readable],
+            check.label,
         )
         if check.failure:
             self.findings.append(Finding("damaged", check.path, None, 0, check.size, check.failure))
@@ -102,7 +108,7 @@ def verify_shards(patterns: Sequence[str], config: VerifyConfig) -> bool:
         write_text(report, "".join(json.dumps(line._asdict()) + "\n" for line in lines))
     _print_findings(found.findings, report)
     print(_totals(found))
-    return not found.count("damaged", "unreadable", "missing", "miscounted")
+    return not found.count("damaged", "unreadable", "missing", "miscounted", "changed")
 
 
 def displayed(path: str) -> str:
@@ -158,6 +164,10 @@ def _compare_split(folder: str, split: str, info: dict[str, Any], shards: dict[s
             if shard[what] != count:
                 reason = f"{count} {what}, and {DATASET_FILE} says {shard[what]}"
                 yield Finding("miscounted", path, None, None, None, reason)
+        is_as_counted = shard["samples"] == len(found.label) and shard["bytes"] == found.size
+        if is_as_counted and found.sha256 and shard.get("sha256", found.sha256) != found.sha256:
+            reason = f"its bytes are not those that were written, by the sha256 in {DATASET_FILE}: copy it again"
+            yield Finding("changed", path, None, None, None, reason)
     if not (listed.keys() <= shards.keys() and all(shards[path].is_read for path in listed)):
         return
     label = np.concatenate([np.zeros(0, np.int64), *(shards[path].label for path in listed)])
@@ -236,6 +246,7 @@ def _totals(found: _Verification) -> str:
             ("damaged", "damaged part"),
             ("missing", "missing shard"),
             ("miscounted", "wrong count"),
+            ("changed", "changed shard"),
         )
         if (count := found.count(kind))
     ]

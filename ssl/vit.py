@@ -34,6 +34,8 @@ class ViTEncoder(Encoder):
         self.embed_dim = self.mask_token_dim = vit.embed_dim
         self.num_prefix_tokens = vit.num_prefix_tokens
         self.stage_dims = [(vit.embed_dim, 1)]
+        if not isinstance(vit.patch_drop, nn.Identity | None):
+            raise InputError("patch_drop_rate drops patches at random, as masks do: leave it out and set mask.ratio")
         for unused in (vit.fc_norm, vit.attn_pool, vit.head):  # tokens do not pass them; DDP waits for every gradient
             if unused is not None:
                 unused.requires_grad_(False)
@@ -53,9 +55,9 @@ class ViTEncoder(Encoder):
     ) -> Float[Tensor, "B PK D"]:
         """Returns prefix tokens, then patch tokens: the kept ones in the order of `ids_keep`, or all in grid order."""
         vit = self.timm
+        self._check_size(images, masking)
         x = vit.patch_embed(images)  # [B, N, D], or [B, h, w, D] where the image size is dynamic
-        if mask_token is not None:
-            assert masking is not None
+        if masking is not None and mask_token is not None:
             hidden = masking.is_masked.view(-1, *x.shape[1:-1], 1)
             x = torch.where(hidden, mask_token.to(x.dtype), x)
         return self._encode(x, masking if mask_token is None else None)
@@ -71,6 +73,11 @@ class ViTEncoder(Encoder):
     def _kept(self, x: Float[Tensor, "B PN D"], masking: Masking) -> Float[Tensor, "B PK D"]:
         prefix, patches = x.split([self.num_prefix_tokens, self.num_units], dim=1)
         return torch.cat([prefix, gather_units(patches, masking.ids_keep)], dim=1)
+
+    @property
+    def sharded_blocks(self) -> set[type[nn.Module]]:
+        """timm's blocks."""
+        return {type(block) for block in self.timm.blocks}
 
     @property
     def no_weight_decay(self) -> set[str]:

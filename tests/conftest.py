@@ -93,6 +93,7 @@ def command(script: str, options: dict[str, str], *, processes: int = 1) -> list
     if processes > 1:
         config = ROOT / "configs" / "accelerate" / "cpu2.yaml"
         run += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), "--main_process_port", "0"]
+        run += ["--num_processes", str(processes)]
     return [*run, str(ROOT / "launch" / script), *arguments(options)]
 
 

@@ -20,7 +20,7 @@ from quarterlight.ssl.checkpoint import (
 )
 from quarterlight.ssl.errors import InputError
 
-FILES = ["model.safetensors", "optimizer.safetensors", "progress.json"]
+FILES = ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "progress.json"]
 
 
 def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -40,7 +40,8 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> 
 
 
 def save(run_dir, step=1, keep=9, **more):
-    return save_state(run_dir, state_tensors(*trained(1)), {"step": step, **more}, keep=keep)
+    model, optimizer = trained(1)
+    return save_state(run_dir, state_tensors(model, optimizer, model), {"step": step, **more}, keep=keep)
 
 
 def test_a_loaded_state_continues_with_the_same_bits(tmp_path):
@@ -74,7 +75,7 @@ def test_the_same_step_may_be_saved_again(tmp_path):
 def test_checksums_are_those_of_any_other_tool(tmp_path):
     folder = save(tmp_path)
     listed = json.loads((folder / "progress.json").read_text())["sha256"]
-    assert listed == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES[:2]}
+    assert listed == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES[:3]}
 
 
 def flip(path, place):
@@ -127,6 +128,15 @@ def test_every_flipped_bit_of_progress_is_noticed(tmp_path):
     check_state(folder)
 
 
+def test_what_killed_processes_have_left_half_written_goes_when_a_run_continues(tmp_path):
+    save(tmp_path, 4)
+    for name in (".step-00000003.partial", ".step-00000002.old", ".step-00000009.partial"):
+        (tmp_path / "state" / name).mkdir()
+        (tmp_path / "state" / name / FILES[0]).write_bytes(b"half")
+    newest_state(tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000004"]
+
+
 def test_several_damaged_states_are_passed_over(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
@@ -139,7 +149,10 @@ def test_several_damaged_states_are_passed_over(tmp_path):
 
 def test_where_no_state_is_whole_the_run_does_not_begin_anew_by_itself(tmp_path):
     flip(save(tmp_path) / FILES[1], 0.5)
-    with pytest.raises(InputError, match=r"optimizer.safetensors is damaged .* delete .*/state to start again"):
+    with pytest.raises(
+        InputError,
+        match=r"no state of .* is whole .*optimizer.safetensors is damaged .* delete .*/state to start again",
+    ):
         newest_state(tmp_path)
     assert state_folders(tmp_path)  # nothing was moved away
 

@@ -1,6 +1,7 @@
 """What happens to damaged and odd shards: one table, each row run from shards to batches as a training run does it.
 
-`python tests/test_damage_table.py` prints the table as markdown, from the runs themselves.
+A second table says how often damage to the bytes of a photograph is noticed, which depends on its format. Both stand in
+docs/damage.md; `python tests/test_damage_table.py` prints them as markdown, from the runs themselves.
 """
 
 import gzip
@@ -22,12 +23,14 @@ from PIL import Image
 
 from quarterlight.ssl.augment import RandomCrop
 from quarterlight.ssl.batches import Samples
+from quarterlight.ssl.decode import UnreadableImage, decode_image
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import class_names, open_index
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import ShuffledOrder
 from quarterlight.ssl.spans import EvalSpans
 
+PAGE = (Path(__file__).parents[1] / "docs" / "damage.md").read_text(encoding="utf-8").splitlines()
 SHARDS, PER_SHARD = "abc", 8
 BLOCK = 512
 DAMAGED = "b.tar"  # the shard that is damaged, between two that are not
@@ -241,7 +244,7 @@ class Case:
     refused: str | None = None  # words in the sentence that refuses the shards
     unlabelled: str = ""  # numbers of the samples that have no label
     silent: bool = False  # nothing tells that there was more
-    whole: bool = False  # the tar is whole, and told to hold no image: no bytes are lost
+    whole: bool = False  # the tar is whole, and told to lack images: no bytes are lost
     opened: bool = False  # the damage comes after the index is opened
     read: bool = False  # the damage comes after the shards are opened
     pattern: str = "*.tar"
@@ -268,11 +271,15 @@ CASES = [
     Case("shard cut in its first header", cut(lambda m: 300, "b0.jpg"), refused="not a tar"),
     # Overwritten.
     Case("512 bytes zeroed: a header", zeros(lambda m: m.offset, 512), "3", "zeros where a header should be"),
-    Case("512 bytes zeroed: in an image", zeros(lambda m: m.offset_data + 2048, 512), "3"),
+    Case("512 bytes zeroed: in a JPEG of noise", zeros(lambda m: m.offset_data + 2048, 512), "3"),
     Case("4096 bytes zeroed: header and start of an image", zeros(lambda m: m.offset, 4096), "3", "header"),
-    Case("4096 bytes zeroed: in an image", zeros(lambda m: m.offset_data + 1024, 4096), "3"),
+    Case("4096 bytes zeroed: in a JPEG of noise", zeros(lambda m: m.offset_data + 1024, 4096), "3"),
     Case("a bit flipped in a header", overwrite(lambda m: m.offset + 100, flipped, 6), "3", "a damaged header"),
-    Case("bits flipped in the data of a JPEG", overwrite(lambda m: m.offset_data + 1024, flipped, 4096), "3"),
+    Case(
+        "a bit of every 64th byte flipped: in a JPEG of noise",
+        overwrite(lambda m: m.offset_data + 1024, flipped, 4096),
+        "3",
+    ),
     Case("zeros to the end", overwrite(lambda m: m.offset, lambda x: bytes(len(x)), 1 << 20), "34567", "zeros"),
     # Files that are not what they are called.
     Case("a PNG called .jpg", replaced("b3.jpg", None, encoded(1, "PNG"))),
@@ -297,7 +304,9 @@ CASES = [
     Case("a negative label", replaced("b3.cls", None, b"-2"), "", "not a class number", unlabelled="3"),
     Case("a text as a label", replaced("b3.cls", None, b"cat"), "", "not a class number", unlabelled="3"),
     Case("a label of no bytes", replaced("b3.cls", None, b""), "", "not a class number", unlabelled="3"),
-    Case("an image is missing: only its label is there", without("b3.jpg"), "3", silent=True),
+    Case(
+        "an image is missing: only its label is there", without("b3.jpg"), "3", "'b3' has .cls and no image", whole=True
+    ),
     # Names and entries.
     Case(
         "a key twice",
@@ -330,12 +339,12 @@ CASES = [
     ),
     # Whole shards.
     Case("a shard of no bytes", contents(b""), refused="not a tar (it is empty)"),
-    Case("a tar without files", rewritten(lambda files: []), E8, silent=True),
+    Case("a tar without files", rewritten(lambda files: []), E8, "no file inside", whole=True),
     Case("a tar of texts only", rewritten(lambda files: files[1::2]), E8, NO_IMAGE, whole=True),
     Case("a web page in place of a tar", contents(b"<!DOCTYPE html><html>404</html>" * 50), refused="<!DOCTYPE html>"),
     Case(
         "a tar that is gzipped",
-        contents(lambda data: gzip.compress(data, mtime=0)),
+        contents(lambda data: gzip.compress(data, 0, mtime=0)),  # level 0: no two programs pack alike
         refused="not a tar (it begins with b'\\x1f\\x8b",
     ),
     Case("random bytes in place of a tar", contents(np.random.default_rng(0).bytes(20_000)), refused="not a tar"),
@@ -436,6 +445,11 @@ def _plain(text: str, folder: Path) -> str:
     return text.replace(f"{folder}/", "").replace(f" (seen from {Path.cwd()})", "")
 
 
+def row(case: Case, outcome: Outcome) -> str:
+    """A row of the first table."""
+    return f"| {case.what} | {outcome.words(case).replace('|', chr(92) + '|')} |"
+
+
 def base_name(key: str) -> str:
     """The key without folders and odd bytes: the sample that it was."""
     return key.rpartition("/")[2].replace("\udce9", "")
@@ -444,6 +458,7 @@ def base_name(key: str) -> str:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
 def test_damage_costs_its_own_samples_or_is_refused_in_one_sentence(tmp_path, case):
     outcome = run(case, tmp_path, num_workers=1 if case.refused is None else 0)
+    assert row(case, outcome) in PAGE, "docs/damage.md is not what this file prints"
     if case.refused is not None:
         assert outcome.refused is not None and case.refused in outcome.refused
         assert "\n" not in outcome.refused
@@ -468,6 +483,71 @@ def test_damage_costs_its_own_samples_or_is_refused_in_one_sentence(tmp_path, ca
         assert outcome.lost <= 2 * len(lost)
 
 
+# The bytes of a photograph.
+
+PLACES = 40  # where it is damaged, one after the other
+PHOTOS = {
+    "PNG": ("PNG", {}),
+    "JPEG": ("JPEG", {"quality": 90}),
+    "progressive JPEG": ("JPEG", {"quality": 90, "progressive": True}),
+    "WebP": ("WEBP", {"quality": 90}),
+    "lossless WebP": ("WEBP", {"lossless": True}),
+    "TIFF": ("TIFF", {}),
+    "BMP": ("BMP", {}),
+}
+INJURIES: dict[str, Callable[[bytes, int], bytes]] = {
+    "one bit flipped": lambda data, at: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :],
+    "64 bytes zeroed": lambda data, at: data[:at] + bytes(64) + data[at + 64 :],
+    "512 bytes zeroed": lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
+    "4096 bytes zeroed": lambda data, at: data[:at] + bytes(4096) + data[at + 4096 :],
+    "cut short": lambda data, at: data[:at],
+}
+
+
+def photo(format: str, **options) -> bytes:
+    """A smooth picture with a little noise, as cameras make."""
+    y, x = np.mgrid[:256, :256]
+    pixels = np.stack([128 + 100 * np.sin(x / 17), 128 + 90 * np.cos(y / 23), (x + y) / 2], -1)
+    noise = np.random.default_rng(0).normal(0, 8, pixels.shape)
+    buffer = io.BytesIO()
+    Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noticed(name: str) -> dict[str, int]:
+    """How often each kind of damage behind the header of a photograph is noticed, of PLACES."""
+    format, options = PHOTOS[name]
+    data = photo(format, **options)
+    header = data.index(b"\xff\xda") + 20 if format == "JPEG" else 200
+    places = np.random.default_rng(1).integers(header, len(data) - 5000, PLACES).tolist()
+    found = dict.fromkeys(INJURIES, 0)
+    for injury, injure in INJURIES.items():
+        for at in places:
+            try:
+                decode_image(injure(data, at))
+            except UnreadableImage:
+                found[injury] += 1
+    return found
+
+
+def photo_row(name: str, found: dict[str, int]) -> str:
+    """A row of the second table."""
+    return f"| {name} | {' | '.join(map(str, found.values()))} |"
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_damage_to_a_photograph_is_noticed_as_often_as_the_page_says(name):
+    found = noticed(name)
+    assert photo_row(name, found) in PAGE, "docs/damage.md is not what this file prints"
+    assert found["cut short"] == PLACES
+    assert name != "PNG" or set(found.values()) == {PLACES}, "its checksums are compared"
+
+
+def test_the_page_has_no_other_rows():
+    rows = {line.split(" | ")[0].removeprefix("| ") for line in PAGE if line.startswith("| ")}
+    assert rows == {"what", "photograph", *PHOTOS, *(case.what for case in CASES)}
+
+
 def test_the_table_has_many_rows_and_each_its_own_words():
     assert len(CASES) >= 60 and len({case.what for case in CASES}) == len(CASES)
 
@@ -477,10 +557,12 @@ def main() -> None:
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                words = run(case, Path(folder)).words(case)
+                print(row(case, run(case, Path(folder))), flush=True)
             except Exception as error:
-                words = f"crashed: `{_plain(repr(error), Path(folder))}`"
-        print(f"| {case.what} | {words.replace('|', chr(92) + '|')} |", flush=True)
+                print(f"| {case.what} | crashed: `{_plain(repr(error), Path(folder))}` |", flush=True)
+    print(f"\n| photograph | {' | '.join(INJURIES)} |\n|---{'|---' * len(INJURIES)}|")
+    for name in PHOTOS:
+        print(photo_row(name, noticed(name)), flush=True)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,44 @@ FILES = {
 }
 
 
+def smooth_photo() -> Image.Image:
+    """A smooth picture with a little noise, as cameras make."""
+    y, x = np.mgrid[:256, :256]
+    pixels = np.stack([128 + 100 * np.sin(x / 17), 128 + 90 * np.cos(y / 23), (x + y) / 2], -1)
+    return Image.fromarray((pixels + np.random.default_rng(0).normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("compress_level", [0, 6])
+@pytest.mark.parametrize("change", ["zeros", "a bit"])
+def test_no_damage_to_the_pixels_of_a_png_is_missed(compress_level, change):
+    data, random = encoded(smooth_photo(), "PNG", compress_level=compress_level), np.random.default_rng(1)
+    for at in random.integers(64, len(data) - 600, 60).tolist():
+        damaged = bytearray(data)
+        damaged[at : at + 512] = bytes(512)
+        if change == "a bit":
+            damaged = bytearray(data)
+            damaged[at] ^= 4
+        if damaged != data:
+            with pytest.raises(UnreadableImage):
+                decode_image(bytes(damaged))
+
+
+def test_a_wrong_checksum_is_named_with_its_place():
+    data = bytearray(FILES["png"])
+    at = data.index(b"IDAT") - 4
+    data[at + 20] ^= 1
+    with pytest.raises(UnreadableImage, match=rf"a wrong checksum in its IDAT chunk \(byte {at}\)"):
+        decode_image(bytes(data))
+
+
+def test_what_stands_behind_a_png_or_beside_its_pixels_is_left_alone():
+    data = FILES["png"]
+    end = data.index(b"IEND") - 4
+    wrong_date = b"\0\0\0\7tIME" + bytes(7) + b"oops"  # after the pixels
+    for odd in (data + b"more", data + bytes(100), data[:end] + wrong_date + data[end:]):
+        assert np.array_equal(decode_image(odd), decode_image(data))
+
+
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("name", FILES)
 def test_pixels_equal_those_of_pil_bit_for_bit(name, in_chans):

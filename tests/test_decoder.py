@@ -3,14 +3,16 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quarterlight.ssl.config import DecoderConfig
-from quarterlight.ssl.decoder import TransformerDecoder, build_decoder, run_block_on_tail
+from quarterlight.ssl.decoder import CrossBlock, TailBlock, TransformerDecoder, build_decoder
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
@@ -25,10 +27,18 @@ VITS = {
     "no prefix": ("vit_base_patch16_siglip_224", SMALL),
     "registers": ("vit_small_patch14_reg4_dinov2", SMALL),
 }
-SWIN = (
-    "swin_tiny_patch4_window7_224",
-    {"img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 8, "depths": (1, 1, 1), "num_heads": (1, 2, 2)},
-)  # units of 8 x 8 pixels, 16 of them
+NARROW = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 1, 1),
+    "num_heads": (1, 2, 2),
+}
+SWINS = {  # units of 8 x 8 pixels, 16 of them
+    "swin": ("swin_tiny_patch4_window7_224", NARROW),
+    "swin v2": ("swinv2_tiny_window8_256", NARROW),
+}
 CONFIG = DecoderConfig(embed_dim=16, depth=3, num_heads=2)
 UNITS, VALUES = 24, 5
 
@@ -43,7 +53,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def encoder_of(variant: str) -> Encoder:
-    name, args = SWIN if variant == "swin" else VITS[variant]
+    name, args = (VITS | SWINS)[variant]
     return build_encoder(name, **args).double()
 
 
@@ -126,11 +136,14 @@ def test_a_block_on_the_tail_is_the_tail_of_the_block(first, mlp_ratio):
     assert isinstance(decoder, TransformerDecoder)
     x = torch.randn(2, 12, 16, dtype=torch.float64, requires_grad=True)
     block = decoder.blocks[1]
-    found, wanted = run_block_on_tail(block, x, first), block(x)[:, first:]
+    plain = Block(16, 2, mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)).double()
+    plain.load_state_dict(block.state_dict(), strict=True)
+    found, wanted = block(x, first=first), plain(x)[:, first:]
     close(found, wanted)
     direction = torch.randn_like(wanted)
-    inputs = [x, *block.parameters()]
-    ours, theirs = (torch.autograd.grad(y, inputs, direction) for y in (found, wanted))
+    ours, theirs = (
+        torch.autograd.grad(y, [x, *its.parameters()], direction) for y, its in ((found, block), (wanted, plain))
+    )
     for a, b in zip(ours, theirs, strict=True):
         close(a, b)
 
@@ -319,8 +332,8 @@ def test_combinations_that_make_no_sense_are_refused(variant, change, encode_mas
 COMBINATIONS = [
     *(("class token", name, False, False) for name in ("transformer", "cross")),
     *(("class token", name, False, True) for name in ("transformer", "linear")),
-    *(("swin", name, scales, False) for name in ("transformer", "cross") for scales in (False, True)),
-    *(("swin", name, False, True) for name in ("transformer", "linear")),
+    *((swin, name, scales, False) for swin in SWINS for name in ("transformer", "cross") for scales in (False, True)),
+    *((swin, name, False, True) for swin in SWINS for name in ("transformer", "linear")),
 ]
 
 
@@ -358,6 +371,26 @@ def test_what_a_step_computes_is_what_a_picture_shows_of_it(variant, name, multi
     step, picture = model(images, masking, only_scored=True), model(images, masking)
     close(step.prediction, gather_units(picture.prediction, masking.ids_masked))
     close(step.loss, picture.loss)
+
+
+@pytest.mark.parametrize("only_scored", [True, False])
+@pytest.mark.parametrize(("variant", "name", "multi_scale", "encode_masked"), COMBINATIONS)
+def test_blocks_that_may_be_sharded_are_called_as_modules_once_a_step(
+    variant, name, multi_scale, encode_masked, only_scored
+):
+    config = dataclasses.replace(CONFIG, name=name, multi_scale=multi_scale)
+    model = attached(variant, config, encode_masked=encode_masked, pred_share=0.5)
+    classes, calls = model.sharded_blocks, []
+    assert (Block in classes, TailBlock in classes, CrossBlock in classes) == (
+        variant not in SWINS, name == "transformer", name == "cross"
+    )  # fmt: skip
+    blocks = [module for module in model.modules() if type(module) in classes]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    images = torch.randn(4, 3, *model.encoder.img_size, dtype=torch.float64)
+    model(images, masks(4, model.encoder.num_units, 0.5), only_scored=only_scored)
+    assert calls == blocks
+    assert len(blocks) == (1 if variant not in SWINS else 0) + (3 if name != "linear" else 0)
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1"])

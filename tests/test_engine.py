@@ -10,6 +10,7 @@ import tarfile
 import pytest
 import torch
 from conftest import TINY_PRETRAIN, arguments, write_tars
+from ranks import Nursery
 from safetensors.torch import load_file
 
 from quarterlight.ssl.command import parse_config, run_command
@@ -143,3 +144,22 @@ def test_a_compiled_run_is_compiled_once(shards, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     graphs = int(done.stdout.rsplit("graphs: ", 1)[1])
     assert 0 < graphs <= 2  # training, and the picture at the end
+
+
+def test_a_run_of_four_processes_is_continued_with_the_same_bits(shards, tmp_path):
+    """Two processes are not enough: how numbers are added up matters only from three on."""
+    nursery = Nursery(tmp_path)
+
+    def finish(name: str) -> dict[str, torch.Tensor]:
+        given = TINY_PRETRAIN | {"data.train": shards[0], "run_dir": str(tmp_path / name), "keep_states": "3"}
+        with nursery.run(4, given) as ranks:
+            assert [rank.ended() for rank in ranks] == [0, 0, 0, 0], ranks[0].said()
+        return load_file(tmp_path / name / "state" / "step-00000012" / "model.safetensors")
+
+    wanted = finish("undisturbed")
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "continued")
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "continued" / "state" / f"step-{step:08d}")
+    ours = finish("continued")
+    nursery.close()
+    assert [name for name in wanted if not torch.equal(ours[name], wanted[name])] == []

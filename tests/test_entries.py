@@ -218,11 +218,15 @@ def test_what_lies_together_is_read_as_webdataset_reads_it(tmp_path, format, sam
     pictures = {k: [x for x in names if x.lower().endswith(IMAGE_EXTENSIONS)] for k, names in samples.items()}
     spare = sum(max(0, len(names) - 1) for names in pictures.values())
     found = reasons(scan_shard(path))
+    bare = [k for k, names in samples.items() if not pictures[k] and {"cls", "json"} & set(names)]
     if not any(pictures.values()):
-        assert found == ([NO_IMAGE] if files else [])
+        assert found == [NO_IMAGE if files else "no file inside"]
     else:
         more = f", and {spare - 1} like it: one" if spare > 1 else "read: one"
-        assert len(found) == (spare > 0) and all(" is not read" in x and more in x for x in found)
+        assert len(found) == (spare > 0) + bool(bare)
+        assert not spare or (" is not read" in found[-1] and more in found[-1])
+        assert not bare or repr(bare[0]) in found[0]
+        assert not bare or (f", and {len(bare) - 1} like it" in found[0]) == (len(bare) > 1)
 
 
 # What webdataset does not read as it is meant.
@@ -423,8 +427,17 @@ def test_a_large_file_of_zeros_is_refused(tmp_path):
 def test_a_tar_without_images_has_no_samples(tmp_path, files):
     entries = scan_shard(write_tar(tmp_path / "x.tar", files))
     assert entries.keys == []
-    assert entries.defects == ([Defect(0, 0, NO_IMAGE)] if files else [])
+    assert entries.defects == [Defect(0, 0, NO_IMAGE if files else "no file inside")]
     assert all(x.dtype == np.int64 and x.shape == (0,) for x in (entries.offset, entries.size, entries.label))
+
+
+def test_labels_without_their_image_are_told(tmp_path):
+    names = ["0.jpg", "0.cls", "1.cls", "1.txt", "2.jpg", "3.json", "4.cls", "5.mp4", "6.txt"]
+    path = write_tar(tmp_path / "x.tar", [(name, b"1" if name.endswith("cls") else b"{}") for name in names])
+    entries = scan_shard(path)
+    assert entries.keys == ["0", "2"]
+    place = path.read_bytes().index(b"1.cls") + 512
+    assert entries.defects == [Defect(place, 0, "'1' has .cls, .txt and no image, and 2 like it")]
 
 
 def test_damage_is_listed_beside_the_samples_that_are_left(tmp_path):

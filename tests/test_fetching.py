@@ -1,11 +1,14 @@
 """Training from shards on a web server: the same samples as from local files, whatever the server does meanwhile."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import loopback
 import numpy as np
@@ -25,13 +29,13 @@ from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.finetune.linear_probe import linear_probe
 from quarterlight.ssl import remote
 from quarterlight.ssl.augment import CenterCrop
-from quarterlight.ssl.batches import Samples
+from quarterlight.ssl.batches import Samples, refuse_bad
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import PretrainConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.fetcher import Fetcher
 from quarterlight.ssl.fetching import Fetching, ranks_of_machine, remote_shards
-from quarterlight.ssl.index import ShardIndex, open_index
+from quarterlight.ssl.index import ShardIndex, open_index, refuse_damage
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.patience import Patience
@@ -282,15 +286,20 @@ def test_left_to_themselves_remote_shards_come_in_blocks_and_eight_lanes(web, da
     assert records(start(given)) == records(start(train_options(data.train, tmp_path / "local", **same)))
 
 
-def test_a_run_that_began_with_local_shards_goes_on_with_the_same_samples_or_is_refused(web, data, tmp_path):
-    order = {"data.lanes": "null", "data.block_samples": "null"}
+@pytest.mark.parametrize("lanes", ["null", "2"])
+def test_a_run_that_began_with_local_shards_goes_on_with_the_same_samples_or_is_refused(web, data, tmp_path, lanes):
+    order = {"data.lanes": lanes, "data.block_samples": "16"}
     run_dir = start(train_options(data.train, tmp_path / "run", **order))
     wanted = records(run_dir)
     shutil.rmtree(run_dir / "state" / "step-00000012")
     (run_dir / "result.json").unlink()
-    with contextlib.suppress(InputError):
-        start(remote_options(web, data, tmp_path, room=SHARDS + 1, **order, **{"data.val": "null"}))
-        assert records(run_dir) == wanted
+    again = remote_options(web, data, tmp_path, room=SHARDS + 1, **order, **{"data.val": "null"})
+    if lanes == "null":  # none for local shards, eight for remote ones
+        with pytest.raises(InputError, match="lanes"):
+            start(again)
+    else:
+        start(again)
+    assert records(run_dir) == wanted
 
 
 # The index of what is remote
@@ -351,6 +360,114 @@ def test_only_what_the_index_does_not_list_is_fetched_for_it(web, tmp_path):
     index = open_index(f"{web.url}/train/train-{{0000..0002}}.tar", cache_dir=tmp_path / "cache")
     assert len(index) == 3 * IN_SHARD
     assert list(fetches(web)) == ["/train/train-0002.tar"]
+
+
+def seen(web: loopback.WebServer, cache_dir: Path) -> list[tuple[int, str]]:
+    """Label and picture of the samples of one shard as they come through the cache."""
+    index = open_index(f"{web.url}/one/train-0000.tar", cache_dir=cache_dir)
+    fetching = Fetching(10**9, enabled=True)
+    fetching.follow(index, [(0, 0)])
+    try:
+        return [(int(index.label[i]), hashlib.sha256(index.read(i)).hexdigest()) for i in range(len(index))]
+    finally:
+        fetching.close()
+
+
+def rewritten_at(web: loopback.WebServer, folder: Path, *, backwards: bool) -> list[tuple[int, str]]:
+    """Puts a shard on the server, or the same with its images backwards; returns label and picture of its samples.
+
+    Both are of the same size: a tar is filled up to a multiple of 10,240 bytes.
+    """
+    folder.mkdir()
+    file = folder / "train-0000.tar"
+    images = [bytes([value]) * 700 for value in range(4)][:: -1 if backwards else 1]
+    with tarfile.open(file, "w") as tar:
+        for i, data in enumerate(images):
+            for name, content in ((f"{i}.jpg", data), (f"{i}.cls", str(data[0]).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    open_index(str(file))
+    web.files |= {f"/one/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    return [(data[0], hashlib.sha256(data).hexdigest()) for data in images]
+
+
+def test_a_shard_written_anew_with_the_same_size_is_fetched_anew(web, tmp_path):
+    before = rewritten_at(web, tmp_path / "before", backwards=False)
+    assert seen(web, tmp_path / "cache") == before
+    size = len(web.files["/one/train-0000.tar"])
+    after = rewritten_at(web, tmp_path / "after", backwards=True)
+    assert size == len(web.files["/one/train-0000.tar"])
+    assert seen(web, tmp_path / "cache") == after
+
+
+@pytest.mark.parametrize("where", ["beside the shards", "in the cache"])
+def test_a_shard_written_anew_is_not_read_by_its_old_index(web, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("quarterlight.ssl.fetching.Fetcher", partial(Fetcher, patience=QUICK))
+    before = rewritten_at(web, tmp_path / "before", backwards=False)
+    index = web.files["/one/index.npz"]
+    if where == "in the cache":
+        del web.files["/one/index.npz"]
+        assert seen(web, tmp_path / "cache") == before
+        for path in (tmp_path / "cache").glob("shards-*/*.tar"):
+            path.unlink()
+    rewritten_at(web, tmp_path / "after", backwards=True)
+    web.files["/one/index.npz"] = index
+    if where == "in the cache":
+        del web.files["/one/index.npz"]
+    with pytest.raises(InputError, match=r"train-0000.tar cannot be fetched.*other samples came than the index lists"):
+        seen(web, tmp_path / "cache")
+
+
+# Addresses with a signature
+
+
+def signed(web: loopback.WebServer, signature: str, *, password: str = "") -> str:
+    """The shard `one` at an address as stores sign it, longer than a file may be called."""
+    address = f"{web.url.replace('://', f'://{password}')}/one/train-0000.tar?X-Signature={signature}/{'b' * 300}"
+    path = unquote(address.partition("/one")[2])
+    web.files[f"/one{path}"] = web.files["/one/train-0000.tar"]
+    return address
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_signed_address_is_read_and_signed_anew_it_is_the_same(web, tmp_path, has_index, capsys):
+    there = rewritten_at(web, tmp_path / "shards", backwards=False)
+    if not has_index:
+        del web.files["/one/index.npz"]
+    fingerprints = set()
+    for signature in ("secret1", "secret2"):
+        index = open_index(signed(web, signature), cache_dir=tmp_path / "cache")
+        fetching = Fetching(10**9, enabled=True)
+        fetching.follow(index, [(0, 0)])
+        try:
+            assert [hashlib.sha256(index.read(i)).hexdigest() for i in range(4)] == [x for _, x in there]
+        finally:
+            fetching.close()
+        fingerprints.add(index.fingerprint())
+    assert fingerprints == {open_index(str(tmp_path / "shards" / "train-0000.tar")).fingerprint()}
+    assert sum("/train-0000.tar" in request for request in web.requests) == (1 if has_index else 2)
+    assert "secret" not in capsys.readouterr().out
+
+
+def test_passwords_and_signatures_stay_out_of_what_is_told_of_samples(web, tmp_path):
+    rewritten_at(web, tmp_path / "shards", backwards=False)
+    web.files["/one/train-0000.tar"] = web.files["/one/train-0000.tar"][:5000]  # the last sample is cut
+    del web.files["/one/index.npz"]
+    index = open_index(signed(web, "secret", password="me:secret@"), cache_dir=tmp_path / "cache")
+    fetching = Fetching(10**9, enabled=True)
+    fetching.follow(index, [(0, 0)])
+    samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((16, 16), 1.0), 0)
+    try:
+        bad = samples.batch(0, 1).bad
+    finally:
+        fetching.close()
+    told = [*bad, *index.defects, *index.describe_defects(), *index.label_defects()]
+    for refuse in (lambda: refuse_bad(bad), lambda: refuse_damage(index)):
+        with pytest.raises(InputError) as caught:
+            refuse()
+        told.append(str(caught.value))
+    assert len(told) > 4 and all("/one/train-0000.tar" in str(x) and "secret" not in str(x) for x in told)
 
 
 # A run that is stopped

@@ -196,3 +196,14 @@ def test_labels_with_huge_gaps_are_refused_where_nothing_says_how_many_there_are
         classes_of(labelled(*many, 210), labelled(0), None)
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": [str(i) for i in range(101)]}))
     assert classes_of(labelled(0, 1, 100, folder=str(tmp_path)), labelled(0), None) == 101
+
+
+def test_the_moving_average_is_evaluated_and_released_beside_the_weights(shards, pretrained, tmp_path, launch):
+    launch("finetune.py", options(shards, pretrained, tmp_path / "run", ema_decay="0.5"))
+    found = result(tmp_path / "run")
+    assert 0 <= found["val_ema_top1"] <= 100 and found["val_ema_loss"] > 0
+    average, weights = (
+        load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("classifier_ema", "classifier")
+    )
+    assert average.keys() == weights.keys()
+    assert any(not torch.equal(average[name], weights[name]) for name in weights)

@@ -23,6 +23,7 @@ HYBRIDS = {
     "stem only": ("vit_tiny_r_s16_p8_224", (64, 96), THIN, 32, False),
     "resnet26d": ("vit_small_resnet26d_224", (32, 64), THIN, 32, True),
     "resnetv2 26": ("vit_small_r26_s32_224", (64, 32), THIN, 32, False),
+    "resnetv2 50": ("vit_base_r50_s16_224", (32, 48), THIN, 16, False),
     "convolutions": ("vit_base_mci_224", (32, 48), {"depth": 2}, 16, True),  # no projection: 768 wide as the stem
 }
 BATCH_NORM = [key for key, value in HYBRIDS.items() if value[4]]

@@ -16,8 +16,10 @@ MAY_IMPORT = {"ssl": {"ssl"}, "finetune": {"ssl", "finetune"}, "launch": {"ssl",
 # A file of ssl/ imports only files that stand before it.
 ORDER = [
     "errors",
+    "addresses",
     "config",
     "shard_config",
+    "parent",
     "command",
     "files",
     "randoms",
@@ -26,15 +28,16 @@ ORDER = [
     "strategies",
     "masking",
     "pos_embed",
+    "epochs",
     "order",
+    "tar_scan",
+    "entries",
     "patience",
     "remote",
     "shard_cache",
     "look_ahead",
     "stock",
     "fetcher",
-    "tar_scan",
-    "entries",
     "sidecar",
     "shard_names",
     "dataset_file",
@@ -50,13 +53,16 @@ ORDER = [
     "spans",
     "ring",
     "signals",
+    "watch",
     "loader",
     "attention",
+    "recompute",
     "encoder",
     "vit",
     "hybrid",
     "rope",
     "tiling",
+    "window_groups",
     "swin",
     "encoders",
     "targets",
@@ -70,13 +76,15 @@ ORDER = [
     "repair",
     "make_index",
     "optim",
+    "sharding",
     "checkpoint",
     "runs",
     "log",
     "meter",
     "processes",
     "saving",
-    "watch",
+    "incidents",
+    "task",
     "engine",
     "export",
     "released",
@@ -144,6 +152,11 @@ def test_a_file_imports_only_earlier_files(room, order):
         inside = {module for target, module in imported(file) if target == room}
         late = inside - set(order[: order.index(file.stem)])
         assert not late, f"{room}/{file.name} imports {late}, which stand after it"
+
+
+def test_every_file_is_described():
+    described = (ROOT / "docs" / "architecture.md").read_text()
+    assert [file.name for room in ROOMS for file in files(room) if f"`{file.name}`" not in described] == []
 
 
 def test_rooms_import_each_other_by_full_name_only():

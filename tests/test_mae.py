@@ -147,6 +147,53 @@ def test_training_lowers_the_loss(norm_pix):
 
 def test_num_keep_rounds_as_mae_does():
     assert [num_keep(196, 0.75), num_keep(196, 0.6), num_keep(196, 0.9), num_keep(49, 0.75)] == [49, 78, 19, 12]
+    assert num_keep(20, 0.9) == int(20 * (1 - 0.9)) == 1  # not 2
+
+
+SIZED = {
+    "ViT": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 1}, 32),
+    "rotary": ("vit_small_patch16_rope_224", {"patch_size": 8, "depth": 1}, 32),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"depth": 1}, 64),
+    "Swin": ("swin_tiny_patch4_window7_224", {"window_size": 2, "depths": (1, 1, 1, 1)}, 64),
+    "Swin v2": ("swinv2_tiny_window8_256", {"window_size": 2, "depths": (1, 1, 1, 1)}, 64),
+}
+
+
+@pytest.mark.parametrize("encode_masked", [False, True])
+@pytest.mark.parametrize("variant", SIZED)
+def test_images_of_another_size_are_refused_with_the_two_sizes(variant, encode_masked):
+    name, args, side = SIZED[variant]
+    model = build_autoencoder(name, img_size=side, encode_masked=encode_masked, **args)
+    masking = model.encoder.sample_masking(2)
+    for other in ((side // 2, side // 2), (side, 2 * side)):
+        said = rf"images of {other[0]} x {other[1]} pixels given to an encoder for {side} x {side}: crop .* img_size="
+        with pytest.raises(InputError, match=said):
+            model(torch.randn(2, 3, *other), masking)
+        with pytest.raises(InputError, match=said):
+            model.encoder(torch.randn(2, 3, *other))
+
+
+@pytest.mark.parametrize("variant", SIZED)
+def test_without_masks_a_mask_token_stands_nowhere(variant):
+    name, args, side = SIZED[variant]
+    model = build_autoencoder(name, img_size=side, encode_masked=True, **args).eval()
+    images = torch.randn(2, 3, side, side)
+    assert torch.equal(model.encoder(images, None, model.mask_token), model.encoder(images))
+
+
+def test_only_encoders_with_stages_have_them():
+    encoder = build_autoencoder("vit_tiny_patch16_224", img_size=32, depth=1).encoder
+    with pytest.raises(TypeError, match="VisionTransformer has no stages"):
+        encoder.stages(torch.randn(2, 3, 32, 32), encoder.sample_masking(2))
+
+
+def test_whole_images_of_another_size_are_timms_affair_where_it_takes_any():
+    args = {"img_size": 32, "patch_size": 8, "depth": 1, "dynamic_img_size": True}
+    model = build_autoencoder("vit_tiny_patch16_224", **args)
+    images = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(model.encoder(images), model.encoder.timm.forward_features(images))
+    with pytest.raises(InputError, match="32 x 48 pixels given to an encoder for 32 x 32"):
+        model.encoder(images, model.encoder.sample_masking(2))
 
 
 def test_masks_for_other_units_are_refused():

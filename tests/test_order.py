@@ -83,6 +83,34 @@ def test_the_order_has_no_memory():
         assert np.array_equal(used.ids(np.arange(position, position + 5)), expected)
 
 
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5]])
+def test_lanes_sort_no_epoch_twice(monkeypatch, weights):
+    """An epoch is not a whole number of batches, so from the first span on every batch takes parts of two epochs."""
+    sorted_epochs: list[tuple[int, int]] = []
+
+    def counting(order: ShuffledOrder, epoch: int) -> np.ndarray:
+        sorted_epochs.append((order.seed, epoch))
+        return epoch_ids(order, epoch)
+
+    epoch_ids = ShuffledOrder._epoch_ids
+    monkeypatch.setattr(ShuffledOrder, "_epoch_ids", counting)
+    count, batch = 1000, 64
+    data = DataConfig(train="", lanes=8, train_weights=weights)
+    order = build_order(
+        data,
+        np.arange(count),
+        shards=np.arange(count) // 10,
+        sources=np.arange(count) % 2,
+        num_sources=2,
+        seed=0,
+        batch_size=batch,
+        remote=True,
+    )
+    for start in range(40 * len(order), 44 * len(order), 16):
+        order.ids(np.arange(start, start + 16))
+    assert len(sorted_epochs) == len(set(sorted_epochs)) > 3
+
+
 def test_an_empty_span_holds_nothing():
     assert ShuffledOrder(SAMPLES, 0).ids(np.arange(40, 40)).shape == (0,)
     assert FileOrder(SAMPLES).ids(np.arange(4, 4)).shape == (0,)

@@ -173,6 +173,19 @@ def test_chosen_shapes_hold_all_but_the_allowed_share_of_the_masks(largest, misf
         assert fewer > misfits or (groups - 1) * group_size < tokens
 
 
+@pytest.mark.parametrize("misfits", [0.0, 0.05])
+@pytest.mark.parametrize("largest", [4, 49])
+def test_the_chosen_shape_is_the_cheapest_of_all(largest, misfits):
+    random = np.random.default_rng(3)
+    sizes = random.integers(0, largest + 1, (40, 20)) * (random.random((40, 20)) < 0.4)
+    tokens, costs = sizes.sum(axis=1).max(), {}
+    for group_size in range(-(-sizes.max() // 8) * 8, max(3 * largest, sizes.max() + 8), 8):
+        needed = sorted(1 + max(group for group, _ in packed_by_loops(image.tolist(), group_size)) for image in sizes)
+        groups = max(-(-tokens // group_size), needed[-1 - int(misfits * 40)])
+        costs[groups, group_size] = groups * group_size * (1 + group_size / 400)
+    assert choose_shape(sizes, largest, misfits) == min(costs, key=lambda shape: costs[shape])
+
+
 def masks(grid: tuple[int, int], ratio: float, count: int, seed: int = 0) -> np.ndarray:
     return ~MaskSampler(grid, ratio).sample(seed, np.arange(count)).is_masked.numpy()
 
@@ -183,6 +196,16 @@ def test_nothing_is_padded_for_windows_of_eight_in_256_pixels_at_three_quarters(
     layouts += (WindowLayout((8, 8), 0, (8, 8), (0, 0)),)
     packer = WindowPacker.for_masks(layouts, visible, misfits=0.02)
     assert packer.shapes == ((16, 64), (16, 64), (4, 64), (4, 64), None, None, None)
+
+
+def test_layouts_share_the_masks_that_may_miss():
+    visible, one = masks((7, 7), 0.5, 300), WindowLayout((7, 7), 3, (7, 7), (3, 3))
+    others = tuple(WindowLayout((7, 7), 3, (7, 7), (shift, 0)) for shift in (1, 2, 4, 5))
+    for layouts in ((one,), (one, *others)):
+        packer = WindowPacker.for_masks(layouts, visible, misfits=0.2)
+        assert 1 - packer.pack(visible)[1].mean() <= 0.2 + 1e-12
+        alone = choose_shape(np.rint(visible @ one.counts).astype(int), 49, 0.2 / len(layouts))
+        assert packer.shapes[0] == alone
 
 
 def test_a_packer_says_which_masks_fit_every_layout_and_where_windows_start():

@@ -12,9 +12,10 @@ import loopback
 import pytest
 
 from quarterlight.ssl import patience as patience_module
+from quarterlight.ssl.addresses import folder_of, is_remote, shard_name, shown
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.patience import Patience, persist
-from quarterlight.ssl.remote import fetch, glob_remote, is_remote, read_remote, remove_dead_partials, write_remote
+from quarterlight.ssl.remote import fetch, glob_remote, read_remote, remove_dead_partials, write_remote
 
 pytest.importorskip("aiohttp")
 
@@ -32,6 +33,31 @@ def web():
 
 def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "folder", "name"),
+    [
+        ("https://me:pw@h/d/a.tar?sig=x/y", "https://me:pw@h/d", "a.tar"),
+        ("https://h/d/a.tar", "https://h/d", "a.tar"),
+        ("s3://b/d/a?.tar", "s3://b/d", "a?.tar"),
+        ("/data/a?.tar", "/data", "a?.tar"),
+        ("/a.tar", "/", "a.tar"),
+    ],
+)
+def test_a_signature_is_no_part_of_the_folder_and_name_of_a_shard(address, folder, name):
+    assert (folder_of(address), shard_name(address)) == (folder, name)
+
+
+def test_a_query_that_names_the_shard_tells_it_from_others():
+    names = [shard_name(f"https://h/get{query}") for query in ("?file=a", "?file=b", "")]
+    assert len(set(names)) == 3 and all(name.startswith("get") and "?" not in name for name in names)
+
+
+def test_what_is_shown():
+    assert shown("https://me:pw@h/d/a.tar?sig=x") == "https://h/d/a.tar"
+    assert shown("hf://datasets/me/photos@main/a.tar") == "hf://datasets/me/photos@main/a.tar"
+    assert shown("/data/who@home/a?.tar") == "/data/who@home/a?.tar"
 
 
 def test_is_remote():

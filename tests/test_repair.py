@@ -107,6 +107,21 @@ def test_dataset_json_counts_what_is_left_and_verify_agrees(tmp_path):
     assert len(open_index(str(folder / "*.tar"))) == 13
 
 
+def test_samples_of_which_not_even_the_key_is_left_are_counted_and_listed(tmp_path, capsys):
+    folder = dataset(tmp_path / "in")
+    shard = folder / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[: offset_of(shard, "00012.jpg") + 10])
+    assert repair(folder / "*.tar")
+    said = capsys.readouterr().out
+    record = json.loads((folder / "dataset.json").read_text())
+    lost = 8 - record["splits"]["train"]["shards"][1]["samples"]
+    assert lost >= 4 and f"rewritten without {lost} samples" in said.splitlines()[0]
+    gone = [json.loads(x) for x in (folder / "left_out.jsonl").read_text().splitlines() if '"samples"' in x]
+    named = [reason for _, key, reason in left_out(folder) if key is not None]
+    assert [line["samples"] for line in gone] == [lost - len(named)]
+    assert "dataset.json lists 8: the others lay in the damage" in gone[0]["reason"]
+
+
 def test_webdataset_sees_the_same_good_samples_as_before(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [sample(i, **{"seg.png": b"more", "txt": b"caption"}) for i in range(6)])
     before = seen_by_webdataset(tar)

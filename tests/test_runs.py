@@ -230,3 +230,8 @@ def test_a_run_that_never_saved_a_state_gives_its_folder_back(config: PretrainCo
 def test_a_folder_that_cannot_be_written_is_refused_by_name(config: PretrainConfig):
     with pytest.raises(InputError, match="run_dir /proc/x cannot be written"):
         open_run(dataclasses.replace(config, run_dir="/proc/x"))
+
+
+def test_states_whose_config_is_gone_are_no_empty_folder(config: PretrainConfig):
+    (Path(config.run_dir) / "state" / "step-00000004").mkdir(parents=True)
+    assert "holds states, but its config.yaml is gone: write it anew with --print_config" in refusal(config)

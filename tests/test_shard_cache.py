@@ -113,8 +113,15 @@ def test_a_shard_has_one_place_in_every_run(tmp_path):
     again = pickle.loads(pickle.dumps(ShardCache(tmp_path, ["s3://b/y/a.tar"], [2])))
     assert first.path(1) == again.path(0)
     assert first.path(0) != first.path(1)
-    assert first.path(0).name == "a.tar"
+    assert first.path(0).name.endswith("-a.tar")
     assert first.desk != again.desk
+
+
+def test_another_state_of_a_shard_has_another_place(tmp_path):
+    url = ["s3://b/x/a.tar"]
+    caches = [ShardCache(tmp_path, url, [1]), ShardCache(tmp_path, url, [2])]
+    caches += [ShardCache(tmp_path, url, [1], ["one"]), ShardCache(tmp_path, url, [1], ["other"])]
+    assert len({cache.path(0) for cache in caches}) == len({cache.desk for cache in caches}) == 4
 
 
 def test_names_that_differ_in_odd_characters_or_the_query_stay_apart(tmp_path):
@@ -130,6 +137,13 @@ def test_names_that_differ_in_odd_characters_or_the_query_stay_apart(tmp_path):
 def test_a_shard_named_twice_is_refused(tmp_path):
     with pytest.raises(InputError, match="s3://b/a.tar is named twice"):
         ShardCache(tmp_path, ["s3://b/a.tar"] * 2, [1, 1])
+    with pytest.raises(InputError, match="http://h/a.tar is named twice"):
+        ShardCache(tmp_path, ["http://h/a.tar?sig=1", "http://h/a.tar?sig=2"], [1, 1])
+
+
+def test_an_address_that_is_signed_anew_is_the_same_shard(tmp_path):
+    signed = [ShardCache(tmp_path, [f"https://{who}h/d/a.tar?sig={x}"], [1]) for who, x in (("", 1), ("me:pw@", 2))]
+    assert signed[0].path(0) == signed[1].path(0)
 
 
 # The plan
@@ -137,6 +151,7 @@ def test_a_shard_named_twice_is_refused(tmp_path):
 
 def test_look_ahead_knows_the_next_use_of_each_shard():
     ahead = LookAhead([(0, 3), (0, 1), (10, 3), (20, 2), (30, 1)], [1] * 5, 100)
+    assert ahead.extend()
     assert list(ahead.next_uses()) == [3, 1, 2]
     ahead.position = 9
     assert list(ahead.next_uses()) == [3, 1, 2]  # the shards of position 0 are in use until position 10
@@ -153,9 +168,12 @@ def test_look_ahead_starts_anywhere_in_a_plan_without_end_and_stays_bounded(monk
     monkeypatch.setattr("quarterlight.ssl.look_ahead.LONGEST", 5000)
     ahead = LookAhead(InTurns(1000), [1] * 1000, limit_bytes=10)
     ahead.position = 43_219
+    while not ahead.extend():
+        pass
     assert next(iter(ahead.next_uses())) == 4_321 % 1000
     assert len(ahead.next_uses()) == 41
     few = LookAhead(InTurns(3), [1] * 1000, limit_bytes=10)  # shards that this run never uses do not keep it looking
+    assert not few.extend() and not few.extend() and few.extend()
     assert list(few.next_uses()) == [0, 1, 2]
 
 
@@ -210,6 +228,32 @@ def test_a_request_overtakes(web, cache):
         assert read(cache, 6) == body(6)  # while shard 0, in whose place nothing else is fetched ahead, stands still
         assert fetched(web) == [0, 6]
         assert not cache.wanted(6).exists()
+
+
+class Long:
+    """A plan that does not come to where the run is until the file `answered` is there."""
+
+    def __init__(self, answered: Path) -> None:
+        self.answered = answered
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = 0
+        while not self.answered.exists():
+            yield position, 0
+            position += 1
+        yield FAR, 1
+
+
+FAR = 10**9
+
+
+def test_a_request_does_not_wait_for_the_plan(web, cache, tmp_path):
+    with fetcher(cache, Long(tmp_path / "answered")) as running:
+        running.advance(FAR)
+        assert read(cache, 3) == body(3)
+        assert complete(cache) == {3}
+        (tmp_path / "answered").touch()
+        until(lambda: complete(cache) == {1, 3})
 
 
 def test_a_request_takes_the_room_of_what_is_needed_last(web, cache):
@@ -283,7 +327,19 @@ def test_leftovers_and_files_of_a_wrong_size_go(web, cache):
     with fetcher(cache, [(0, 0)]):
         until(lambda: complete(cache) == {0} and not cache.path(1).exists())
         assert read(cache, 5) == body(5)
-    assert all_files(cache) == ["fetcher.lock", "names", "train-000.tar", "train-005.tar"]
+    assert all_files(cache) == sorted(["fetcher.lock", "names", cache.path(0).name, cache.path(5).name])
+
+
+def test_the_shards_of_a_living_run_with_an_older_index_stay(web, tmp_path):
+    older = shard_cache(web, tmp_path)
+    with fetcher(older, enumerate(range(8))):
+        until(lambda: complete(older) == set(range(8)))
+        web.files |= {path: data + b"more" for path, data in web.files.items()}
+        newer = ShardCache(tmp_path, older.urls, [SIZE + 4] * 8)
+        with fetcher(newer, enumerate(range(8))):
+            until(lambda: all(size(newer.path(i)) == SIZE + 4 for i in range(8)))
+            assert read(older, 3) == body(3) and read(newer, 3) == body(3) + b"more"
+            assert complete(older) == set(range(8))
 
 
 def test_shards_of_ended_runs_make_room_and_those_of_living_ones_stay(web, tmp_path):

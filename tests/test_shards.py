@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 import os
@@ -217,7 +218,8 @@ def test_the_record_counts_what_is_there(tmp_path):
         info = dataset["splits"][split]
         assert len(samples) == info["samples"] == sum(shard["samples"] for shard in info["shards"]) == count
         for shard in info["shards"]:
-            assert (tmp_path / "out" / shard["name"]).stat().st_size == shard["bytes"]
+            data = (tmp_path / "out" / shard["name"]).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
     assert {image_of(x) for x in seen_by_webdataset(tmp_path / "out", "val")} == {
         encoded(100 + 10 * c + i) for c in range(2) for i in range(2)
     }

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
+from transformers import (
+    SwinConfig,
+    SwinForMaskedImageModeling,
+    Swinv2Config,
+    Swinv2ForMaskedImageModeling,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+)
 
 from quarterlight.ssl.config import DecoderConfig
 from quarterlight.ssl.errors import InputError
@@ -12,9 +19,17 @@ from quarterlight.ssl.patches import unpatchify
 
 OPTIONS = {"decoder": DecoderConfig(name="linear"), "encode_masked": True, "target": "pixels", "loss": "l1"}
 SWIN = {"img_size": 192, "window_size": 6, "embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 3, 4)}
+SWIN_V2 = SWIN | {"img_size": 128, "window_size": 4}
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
 IN_BLOCK = {"attention.o_proj": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2"}
 IN_BLOCK |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+OF_V2 = {
+    ".attention.output.dense.": ".attention.o_proj.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
+OF_V2 |= {"query.bias": "q_bias", "value.bias": "v_bias", "continuous_position_bias_mlp": "cpb_mlp"}
+MODELS = ["swin", "swinv2", "vit"]
 
 
 def simmim(name: str) -> tuple[MaskedAutoencoder, nn.Module]:
@@ -24,6 +39,14 @@ def simmim(name: str) -> tuple[MaskedAutoencoder, nn.Module]:
         theirs: nn.Module = SwinForMaskedImageModeling(
             SwinConfig(
                 image_size=192, window_size=6, embed_dim=24, depths=[2, 2, 2, 2], num_heads=[1, 2, 3, 4],
+                encoder_stride=32, drop_path_rate=0.0,
+            )
+        )  # fmt: skip
+    elif name == "swinv2":
+        ours = build_autoencoder("swinv2_tiny_window8_256", **OPTIONS, **SWIN_V2)
+        theirs = Swinv2ForMaskedImageModeling(
+            Swinv2Config(
+                image_size=128, window_size=4, embed_dim=24, depths=[2, 2, 2, 2], num_heads=[1, 2, 3, 4],
                 encoder_stride=32, drop_path_rate=0.0,
             )
         )  # fmt: skip
@@ -45,7 +68,12 @@ def simmim(name: str) -> tuple[MaskedAutoencoder, nn.Module]:
 
 def translated(given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors of theirs (parameters or gradients) under our names. Raises KeyError when one is left over."""
-    given, found = dict(given), {}
+    given, found = {first_versions(key): value for key, value in given.items()}, {}
+    for key in [key for key in given if key.endswith(".self.query.weight")]:  # the second version's keys have no bias
+        stem, name = key.partition(".attention.self.")[0], key.removesuffix("query.weight")
+        found[f"{our_block(stem)}.attn.qkv.weight"] = torch.cat(
+            [given.pop(f"{name}{x}.weight") for x in ("query", "key", "value")]
+        )
     for key in [key for key in given if key.endswith(("q_proj.weight", "q_proj.bias"))]:
         stem, _, kind = key.rpartition(".attention.q_proj.")
         qkv = [given.pop(f"{stem}.attention.{x}_proj.{kind}") for x in "qkv"]
@@ -68,6 +96,9 @@ def translated(given: dict[str, Tensor]) -> dict[str, Tensor]:
         elif ".downsample." in path:  # theirs at the end of a stage, timm's at the beginning of the next
             stage, _, layer = path.removeprefix("encoder.layers.").partition(".downsample.")
             found[f"encoder.timm.layers.{int(stage) + 1}.downsample.{layer}.{kind}"] = value
+        elif ".attention.self." in key:
+            stem, _, name = key.partition(".attention.self.")
+            found[f"{our_block(stem)}.attn.{name}"] = value
         elif kind == "relative_position_bias_table":
             stem = our_block("swin." + path.removesuffix(".attention.relative_position_bias"))
             found[f"{stem}.attn.{kind}"] = value
@@ -77,11 +108,24 @@ def translated(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def first_versions(key: str) -> str:
+    """Returns a name in Swinv2 as the first version and ViT have it, where they have it."""
+    for theirs, name in OF_V2.items() if key.startswith("swinv2") else ():
+        key = key.replace(theirs, name)
+    return key
+
+
 def our_block(stem: str) -> str:
-    return stem.replace("swin.encoder.layers", "encoder.timm.layers").replace("vit.layers", "encoder.timm.blocks")
+    for theirs, name in (
+        ("swinv2.encoder.layers", "layers"),
+        ("swin.encoder.layers", "layers"),
+        ("vit.layers", "blocks"),
+    ):
+        stem = stem.replace(theirs, f"encoder.timm.{name}")
+    return stem
 
 
-@pytest.mark.parametrize("name", ["swin", "vit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_loss_predictions_and_gradients_equal_hugging_face(name):
     ours, theirs = simmim(name)
     encoder = ours.encoder
@@ -105,7 +149,7 @@ def test_loss_predictions_and_gradients_equal_hugging_face(name):
         assert error < 1e-8, key
 
 
-@pytest.mark.parametrize("name", ["swin", "vit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_loss_of_a_training_step_is_the_same(name):
     ours, _ = simmim(name)
     masking = ours.encoder.sample_masking(2, 0.6)
@@ -117,7 +161,7 @@ def test_the_loss_of_a_training_step_is_the_same(name):
         torch.testing.assert_close(scored.prediction[b], wanted, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["swin", "vit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_hidden_pixels_do_not_reach_the_predictions(name):
     ours, _ = simmim(name)
     encoder = ours.encoder
@@ -130,9 +174,10 @@ def test_hidden_pixels_do_not_reach_the_predictions(name):
     assert torch.equal(first.prediction, second.prediction) and not torch.equal(first.loss, second.loss)
 
 
-def test_a_mask_token_where_nothing_is_hidden_changes_nothing():
-    ours, _ = simmim("swin")
-    images = torch.randn(1, 3, 192, 192, dtype=torch.float64)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mask_token_where_nothing_is_hidden_changes_nothing(name):
+    ours, _ = simmim(name)
+    images = torch.randn(1, 3, *ours.encoder.img_size, dtype=torch.float64)
     masking = ours.encoder.sample_masking(1, 0.6)
     masking = masking._replace(is_masked=torch.zeros_like(masking.is_masked))
     torch.testing.assert_close(ours.encoder(images, masking, ours.mask_token), ours.encoder(images))

@@ -1,7 +1,8 @@
 """timm's Swins as encoders: equal to timm with nothing masked, else to timm with hidden tokens forbidden as keys.
 
-The slow reference is timm's own forward pass over all tokens. Widths and depths are small, except those of swin_base,
-which has its own width and heads but 4 blocks instead of 18 in its third stage; images and windows are the real ones.
+The slow reference is timm's own forward pass over all tokens. Images and windows are the real ones; widths and depths
+are small (swin_base has its own width and heads but 4 blocks instead of 18 in its third stage), and one test runs
+models as they are.
 """
 
 import copy
@@ -122,6 +123,28 @@ def test_masked_it_is_timm_with_the_hidden_tokens_forbidden_as_keys(variant):
     images, masking = random_images(encoder), encoder.sample_masking(2, 0.75)
     assert masking.packing is not None
     assert_equals_reference(encoder, images, masking, masking._replace(packing=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        (SWIN, {}),
+        (SWIN, {"img_size": 384, "window_size": 12}),
+        ("swin_base_patch4_window7_224", {}),
+        ("swin_s3_tiny_224", {}),
+        (SWIN_V2, {}),
+    ],
+)
+def test_models_in_their_own_widths_and_depths_are_timms(name, args):
+    encoder = shaken(name, args)
+    images, masking = random_images(encoder, 1), encoder.sample_masking(1, 0.75)
+    everything = encoder.sample_masking(1, 0.0)
+    with torch.no_grad():
+        wanted = of_kept(encoder.timm.forward_features(images).flatten(1, 2), everything)
+        torch.testing.assert_close(encoder(images, everything), wanted, atol=1e-10, rtol=0)
+        reference = forbidding_hidden_keys(encoder.timm, masking, encoder.grid)
+        wanted = of_kept(reference.forward_features(images).flatten(1, 2), masking)
+        torch.testing.assert_close(encoder(images, masking), wanted, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("variant", ["swin_tiny w7/224", "swin_s3_tiny", "64 x 128, w4", "64 x 128, w8x4, v2"])
@@ -466,22 +489,28 @@ def test_in_bf16_on_a_cpu_attention_runs_in_bf16_by_the_faster_kernel(name, monk
     assert all(types == {torch.bfloat16} for types in seen)
 
 
-def test_with_mask_tokens_the_residual_stream_stays_in_full_precision_too():
-    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=128, window_size=4, **NARROW)
+@pytest.mark.parametrize(("name", "watched"), [(SWIN, ""), (SWIN_V2, "mlp")])  # the second version norms branches
+def test_with_mask_tokens_the_residual_stream_stays_in_full_precision_too(name, watched):
+    encoder = build_encoder(name, img_size=128, window_size=4, **NARROW)
     types = []
     for stage in encoder.timm.layers:
         for block in stage.blocks:
-            block.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
+            for module in {block, block.get_submodule(watched)}:
+                module.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         token = torch.zeros(encoder.mask_token_dim)
         encoder(torch.randn(2, 3, 128, 128), encoder.sample_masking(2), token)
     assert types and set(types) == {torch.float32}
 
 
-@pytest.mark.parametrize(("size", "ratio"), [(224, 0.75), (224, 0.5), (448, 0.75)])
-def test_few_masks_are_drawn_again(size, ratio):
+@pytest.mark.parametrize(
+    ("size", "ratio", "strategy"),
+    [(224, 0.75, "random"), (224, 0.5, "random"), (448, 0.75, "random"), (448, 0.6, "block")]
+    + [(672, 0.5, "random"), (672, 0.75, "block")],
+)
+def test_few_masks_are_drawn_again(size, ratio, strategy):
     encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=size, **NARROW)
-    masking = encoder.mask_sampler(ratio).sample(1, np.arange(2000))
+    masking = encoder.mask_sampler(ratio, strategy=strategy).sample(1, np.arange(2000))
     assert (masking.packing.redraws > 0).float().mean() < 0.06
 
 
@@ -490,12 +519,6 @@ def test_where_all_tokens_are_encoded_masks_are_the_plain_ones():
     masking = encoder.mask_sampler(0.6, encode_masked=True).sample(3, np.arange(1000))
     plain = MaskSampler(encoder.grid, 0.6).sample(3, np.arange(1000))
     assert masking.packing is None and torch.equal(masking.ids_keep, plain.ids_keep)
-
-
-def test_images_of_another_size_are_refused_by_name():
-    encoder = build_encoder("swin_tiny_patch4_window7_224", img_size=128, window_size=4, **NARROW)
-    with pytest.raises(InputError, match=r"\(64, 64\) pixels given to an encoder for \(128, 128\)"):
-        encoder(torch.randn(2, 3, 64, 64), encoder.sample_masking(2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

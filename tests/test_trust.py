@@ -20,13 +20,13 @@ from loopback import web_server
 from PIL import Image
 from safetensors.torch import save_file
 
+from quarterlight.ssl.addresses import shown
 from quarterlight.ssl.command import parse_config
 from quarterlight.ssl.config import DataConfig, EncoderConfig, PretrainConfig
 from quarterlight.ssl.errors import InputError, printable
 from quarterlight.ssl.export import ModelSpec, export_hub
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.make_index import write_index
-from quarterlight.ssl.patience import shown
 from quarterlight.ssl.released import encoder_spec, load_encoder, read_weights
 from quarterlight.ssl.repair import repair_shards
 from quarterlight.ssl.runs import open_run

@@ -1,5 +1,6 @@
 """What `launch/shards.py verify` finds in shards, and what it says."""
 
+import hashlib
 import io
 import json
 import os
@@ -50,7 +51,8 @@ def dataset(folder: Path, count: int = 8, shards: int = 2, classes: int = 2) -> 
     for shard in range(shards):
         numbers = range(shard * count, (shard + 1) * count)
         tar = write_tar(folder / f"train-{shard:06d}.tar", [sample(i, label=i % classes) for i in numbers])
-        listed.append({"name": tar.name, "samples": count, "bytes": tar.stat().st_size})
+        sha256 = hashlib.sha256(tar.read_bytes()).hexdigest()
+        listed.append({"name": tar.name, "samples": count, "bytes": tar.stat().st_size, "sha256": sha256})
     per_class = [sum(i % classes == c for i in range(count * shards)) for c in range(classes)]
     train = {"samples": count * shards, "per_class": per_class, "shards": listed}
     record = {"classes": [f"class {i}" for i in range(classes)], "splits": {"train": train}, "left_out": 0}
@@ -199,6 +201,27 @@ def test_every_way_to_end_too_early_is_found(tmp_path, verify):
         assert not is_whole, where
         assert [line["kind"] for line in found] == ["damaged"], where
         assert (found[0]["reason"] == NO_END_MARK) == (where in ("padding", "between two files"))
+
+
+def test_a_changed_byte_that_decoding_cannot_see_is_found(tmp_path, verify, capsys):
+    folder = dataset(tmp_path / "set")
+    assert verify(folder / "*.tar") == (True, [])
+    damaged = folder / "train-000001.tar"
+    overwrite(damaged, offset_of(damaged, "00009.json") + 512 + 3, b"C")  # in a caption
+    is_whole, found = verify(folder / "*.tar")
+    assert not is_whole
+    assert [(line["kind"], line["shard"]) for line in found] == [("changed", str(damaged))]
+    assert "the sha256 in dataset.json: copy it again" in found[0]["reason"]
+    assert "1 changed shard" in capsys.readouterr().out
+
+
+def test_a_dataset_json_without_hashes_compares_none(tmp_path, verify):
+    folder = dataset(tmp_path / "set")
+    record = json.loads((folder / "dataset.json").read_text())
+    for shard in record["splits"]["train"]["shards"]:
+        del shard["sha256"]
+    (folder / "dataset.json").write_text(json.dumps(record))
+    assert verify(folder / "*.tar") == (True, [])
 
 
 def test_files_that_are_no_tar_are_listed_and_the_rest_is_read(tmp_path, verify, capsys):

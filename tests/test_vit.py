@@ -101,6 +101,8 @@ def test_initial_weights_are_maes():
         ("vit_base_patch16_224", {"img_size": 225}, "image height 225 .* use 224 or 240"),
         ("vit_base_patch16_224", {"patch_size": (16, 8)}, "16 x 8 pixels"),
         ("vit_base_patch16_224", {"embed_dim": 100}, "timm cannot build vit_base_patch16_224 with"),
+        ("vit_base_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate drops patches .* set mask.ratio"),
+        ("vit_small_patch16_rope_224", {"patch_drop_rate": 0.5}, "patch_drop_rate drops patches .* set mask.ratio"),
         ("vit_base_patch16_225", {}, "Did you mean vit_base_patch16_224"),
     ],
 )

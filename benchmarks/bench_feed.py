@@ -1,0 +1,139 @@
+"""Does the loader keep up with a device? Pretraining steps on batches from shards, beside steps on one that is there.
+
+python benchmarks/bench_feed.py --images imagenet-200.tar --device cuda --workers 4 8 16
+
+Prints images a second without a loader and for each number of workers, and the share of time that the device waits: by
+how much steps take longer than those without a loader. The last line is a JSON object.
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_loader import measured_on, open_shards, read_images, write_set
+
+from quarterlight.ssl.attention import choose_attention
+from quarterlight.ssl.augment import Normalize, random_crop
+from quarterlight.ssl.batches import Batch, Samples
+from quarterlight.ssl.config import DataConfig
+from quarterlight.ssl.loader import build_loader
+from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
+from quarterlight.ssl.order import ShuffledOrder
+from quarterlight.ssl.pretrain import PretrainTask
+from quarterlight.ssl.spans import Spans
+
+MASK_RATIO = 0.75
+WARMUP = 5  # steps before time is taken, and with workers so many more that what lay ready at the start is used up
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+class Step:
+    """A pretraining step: forward and backward pass in bf16 on CUDA, and AdamW."""
+
+    def __init__(self, autoencoder: MaskedAutoencoder, device: torch.device) -> None:
+        self.device = device
+        self.task = PretrainTask(autoencoder, Normalize(MEAN, STD)).to(device)
+        self.optimizer = torch.optim.AdamW(self.task.parameters(), lr=1e-4, fused=device.type == "cuda")
+
+    def __call__(self, batch: Batch) -> None:
+        with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext():
+            loss, _ = self.task(batch.to(self.device))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def warmup(workers: int) -> int:
+    return WARMUP + 4 * workers
+
+
+def seconds_a_step(step: Step, batches: Iterator[Batch], count: int, workers: int = 0) -> float:
+    """Returns the mean over `count` steps after those that warm up, from the device's idleness to its idleness."""
+
+    def take(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step(next(batches))
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    take(warmup(workers))
+    return take(count) / count
+
+
+def batches_of(samples: Samples, given: argparse.Namespace, workers: int) -> Iterator[Batch]:
+    spans = Spans(
+        range(warmup(workers) + given.steps),
+        batch_size=given.batch_size,
+        micro_batch_size=given.batch_size,
+        rank=0,
+        world_size=1,
+    )
+    return iter(build_loader(samples, spans, num_workers=workers))
+
+
+def the_same(batch: Batch) -> Iterator[Batch]:
+    while True:
+        yield batch
+
+
+def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Prints the table and returns its figures."""
+    index, device = open_shards(folder), torch.device(given.device)
+    autoencoder = build_autoencoder(given.encoder, img_size=given.img_size)
+    choose_attention(autoencoder, device, "bf16" if device.type == "cuda" else "no")
+    samples = Samples(
+        index,
+        ShuffledOrder(np.arange(len(index)), 0),
+        random_crop(DataConfig(train=""), autoencoder.encoder.img_size),
+        0,
+        masks=autoencoder.encoder.mask_sampler(MASK_RATIO),
+    )
+    step = Step(autoencoder, device)
+    alone = seconds_a_step(step, the_same(next(batches_of(samples, given, 0)).to(device)), given.steps)
+    print("| batches | images/s | waiting |\n|---|---|---|")
+    print(f"| there already | {given.batch_size / alone:.0f} | |", flush=True)
+    found: dict[str, Any] = {"images_per_s": given.batch_size / alone}
+    for workers in given.workers:
+        fed = seconds_a_step(step, batches_of(samples, given, workers), given.steps, workers)
+        waiting = max(0.0, 1 - alone / fed)
+        print(f"| by {workers} workers | {given.batch_size / fed:.0f} | {100 * waiting:.1f} % |", flush=True)
+        found |= {f"images_per_s_{workers}_workers": given.batch_size / fed, f"waiting_{workers}_workers": waiting}
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="a tar of JPEGs or a folder of images at any depth")
+    parser.add_argument("--samples", type=int, default=2048, help="in the shards; images repeat")
+    parser.add_argument("--encoder", default="vit_base_patch16_224")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse()
+    found = measured_on(argparse.Namespace(workers=max(given.workers)))
+    if given.device == "cuda":
+        found["hardware"] = f"{torch.cuda.get_device_name()}, {found['hardware']}"
+    print(f"{found['date']} · {found['hardware']} · {found['versions']}\n\n`{found['command']}`\n")
+    with tempfile.TemporaryDirectory() as folder:
+        write_set(Path(folder) / "set", read_images(given.images, given.samples), given.samples)
+        found |= measure(Path(folder) / "set", given)
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How the benchmarks take times, and what they say about where."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARMUP = 2  # rounds that count for nothing
+
+
+def interleaved(steps: dict[Any, Callable[[int], object]], rounds: int, device: str) -> dict[Any, list[float]]:
+    """Returns the seconds that each step, a function of the round, took in every round after the warm-up.
+
+    Each round takes every step once and begins with another, so that noise from outside meets all alike. On one thread
+    of a CPU it is the time of the process, which neighbors do not lengthen.
+    """
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[Any, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for r in range(WARMUP + rounds):
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            wait()
+            start = clock()
+            steps[name](r)
+            wait()
+            if r >= WARMUP:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def measured_on(given: argparse.Namespace, *packages: str) -> str:
+    """Returns date, hardware, versions and command in markdown."""
+    if given.device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        cpu = Path("/proc/cpuinfo").read_text()
+        name = next(line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name"))
+        flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
+        hardware = f"{name} ({', '.join(flags) or 'no bf16 instructions'}), {given.threads} thread(s)"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    hardware += ", CPU time" if given.device == "cpu" and given.threads == 1 else ""
+    return f"{date.today()} · {hardware} · {versions} · precision {given.precision}\n\n`{command}`"
