@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def free_job_id() -> int:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[dict[str, str]]:
+def job(tmp_path: Path) -> dict[str, str]:
     """Returns the environment of a job of two tasks."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -56,12 +55,7 @@ def job(tmp_path: Path) -> Iterator[dict[str, str]]:
     slurm = {"JOB_ID": str(free_job_id()), "JOB_NODELIST": "localhost", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
     path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     mine = {"PATH": path, "SCRATCH": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    yield os.environ | {f"SLURM_{key}": value for key, value in slurm.items()} | mine
-    for pid in map(int, (tmp_path / "pids").read_text().split()):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    return os.environ | {f"SLURM_{key}": value for key, value in slurm.items()} | mine
 
 
 def test_what_sbatch_is_asked_for():
@@ -91,13 +85,19 @@ def test_a_run_out_of_time_is_queued_again_and_goes_on_to_its_end(shards, tmp_pa
     more = {"data.train": shards[0], "run_dir": str(run_dir), "steps": "40", "log_every_steps": "1"}
     words = ["bash", str(SCRIPT), "launch/pretrain.py", *arguments(TINY_PRETRAIN | more | {"save_every_steps": "1000"})]
     with log.open("w") as output:
-        process = subprocess.Popen(words, cwd=ROOT, env=job, stdout=output, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while "step 2/40" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for pid in map(int, (tmp_path / "pids").read_text().split()):
-            os.kill(pid, signal.SIGUSR1)
-        assert process.wait(120) == 75, log.read_text()
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=job, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while "step 2/40" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for pid in map(int, (tmp_path / "pids").read_text().split()):
+                os.kill(pid, signal.SIGUSR1)
+            assert process.wait(120) == 75, log.read_text()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "requeued").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
     result = json.loads((run_dir / "result.json").read_text())
     assert result["preempted"] and not result["finished"] and result["signal"] == "SIGUSR1"
