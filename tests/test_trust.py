@@ -290,7 +290,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def test_names_and_links_in_tars_lead_nowhere(tmp_path, monkeypatch, capsys, launch):
-    outside, here = tmp_path / "outside", tmp_path / "a" / "b" / "work"
+    outside, here = tmp_path / "outside", tmp_path / "a" / "b" / "here"
     outside.mkdir()
     here.mkdir(parents=True)
     (outside / "secret.png").write_bytes(png(99))
@@ -314,11 +314,11 @@ def test_names_and_links_in_tars_lead_nowhere(tmp_path, monkeypatch, capsys, lau
     assert "is a link, not followed" in said and not re.search("[\x1b\x07\u202e\udc80-\udcff]", said)
     after = {name: what for name, what in tree(tmp_path).items() if before.get(name) != what}
     beside = r"x\.tar(\.damaged)?|index\.npz|left_out\.jsonl|dataset\.json|pixels-\w+-3\.(npy|json)"
-    own = rf"a/b/work/(new|run)(/.*)?|a/shards/({beside})"
+    own = rf"a/b/here/(new|run)(/.*)?|a/shards/({beside})"
     assert [name for name in after if not re.fullmatch(own, name)] == []
     assert before.keys() <= tree(tmp_path).keys()
     assert {what[:4] for what in after.values()} <= {"file", "fold"}
-    for name in ("a/b/work/new/train-000000.tar", "a/shards/x.tar"):
+    for name in ("a/b/here/new/train-000000.tar", "a/shards/x.tar"):
         with tarfile.open(tmp_path / name) as tar:
             assert all(member.isreg() for member in tar)
     with tarfile.open(here / "new" / "train-000000.tar") as tar:
