@@ -135,7 +135,8 @@ def _hooks(
     samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
     spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
     loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True, fetching=opened.fetching)
-    labels = class_names(opened.train)
+    names = class_names(opened.train)
+    told = {} if names is None or len(names) != classifier.num_classes else {"class_names": names}
 
     def measure(step: int, log: RunLog, signals: StopSignals) -> Figures:
         batches = until_stopped(loader, signals, accelerator)
@@ -148,17 +149,17 @@ def _hooks(
         log.metrics(step, figures)
         if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
             facts = run_facts("fine-tuning", {"step": step, "samples_seen": step * config.batch_size}, config.seed)
-            export_weights(run_dir / BEST_FILE, classifier, spec, facts | figures)
+            export_weights(run_dir / BEST_FILE, classifier, spec, facts | figures | told)
         return figures
 
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("fine-tuning", progress, config.seed) | progress["figures"]
-        export_weights(run_dir / CLASSIFIER_FILE, classifier, spec, facts)
+        export_weights(run_dir / CLASSIFIER_FILE, classifier, spec, facts | told)
         if whole.average is not None:
-            average_facts = facts | {"ema_decay": config.ema_decay}
+            average_facts = facts | told | {"ema_decay": config.ema_decay}
             export_weights(run_dir / CLASSIFIER_EMA_FILE, whole.average.classifier, spec, average_facts)
         if progress["step"] == total_steps:
-            export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=labels)
+            export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=names)
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps

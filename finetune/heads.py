@@ -8,7 +8,7 @@ from torch import nn
 from quarterlight.ssl.encoders import create_timm_model
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec
-from quarterlight.ssl.released import Weights, load_encoder, load_weights
+from quarterlight.ssl.released import HEAD, Weights, load_encoder, load_weights
 
 from .config import FinetuneOptimConfig
 
@@ -35,6 +35,35 @@ def build_classifier(
     nn.init.trunc_normal_(head.weight, std=2e-5)
     nn.init.zeros_(head.bias)
     return classifier, built, report
+
+
+def load_classifier(spec: ModelSpec, weights: Weights) -> tuple[Any, ModelSpec, str]:
+    """Returns the timm classifier that `weights` hold, head included, the spec that builds it again, and a sentence.
+
+    `spec` is the encoder's; another image size than the weights were trained at resizes positions, as for an encoder.
+    Raises InputError when the weights hold no head, or one of another pooling than the model has.
+    """
+    outputs = [x for name, x in weights.head.items() if name in ("head.weight", "head.fc.weight")]
+    if not outputs:
+        raise InputError(
+            f"init {weights.source}: holds no classification head; give a fine-tuning run or its "
+            "classifier.safetensors (launch/finetune.py makes one of this encoder)"
+        )
+    args = spec.args | {"num_classes": len(outputs[0])}
+    if "fc_norm.weight" in weights.head:
+        args["global_pool"] = "avg"  # a norm behind the pooling, as MAE's classifiers have
+    built = ModelSpec(spec.name, args, spec.mean, spec.std)
+    classifier: Any = create_timm_model(spec.name, **built.timm_args())
+    report = load_weights(classifier, weights)
+    wanted = {name: x.shape for name, x in classifier.state_dict().items() if name.startswith(HEAD)}
+    if wanted != (found := {name: x.shape for name, x in weights.head.items()}):
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise InputError(
+            f"init {weights.source}: its classification head does not fit {spec.name} ({', '.join(odd)}): give the "
+            "encoder.args it was made with"
+        )
+    classifier.load_state_dict(weights.head, strict=False)
+    return classifier, built, f"{report}, and a head of {classifier.num_classes} classes"
 
 
 def layer_decay_groups(classifier: nn.Module, config: FinetuneOptimConfig) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,16 @@ class Weights:
     """Tensors under timm's keys, and what is known of the model they belong to."""
 
     source: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # of the encoder
     spec: ModelSpec | None  # None: a file that does not say
+    head: dict[str, Tensor] = field(default_factory=dict)  # a classifier's own layers; empty: there is none
+    class_names: list[str] | None = None
 
 
 def read_weights(init: str) -> Weights:
     """Returns the weights that `init` names: a run folder, a .safetensors or .pth file, timm's, hf-hub: or local-dir:.
 
-    Decoder weights and classification heads are left out. Raises InputError when there is nothing of that name or it
+    Decoder weights are left out. Raises InputError when there is nothing of that name or it
     cannot be read.
     """
     path = Path(init).expanduser()
@@ -75,9 +77,14 @@ def _read_safetensors(path: Path) -> Weights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
             metadata = file.metadata() or {}
         spec = _spec_in(metadata) if "architecture" in metadata else None
+        names = json.loads(metadata.get("class_names", "null"))
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"init {path}: not a readable safetensors file ({error})") from error
-    return Weights(str(path), _encoder_tensors(tensors), spec)
+    return Weights(str(path), *_split(tensors, spec), names if _are_names(names) else None)
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _spec_in(metadata: dict[str, str]) -> ModelSpec:
@@ -118,12 +125,12 @@ def _read_pickled(path: Path) -> Weights:
     )
     if not tensors:
         raise InputError(f"init {path}: holds no tensors by name")
-    return Weights(str(path), _encoder_tensors(tensors), None)
+    return Weights(str(path), *_split(tensors, None))
 
 
 def _read_timm(name: str) -> Weights:
     try:
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
+        model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the Hub, the network and timm raise many kinds
         raise InputError(
             f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
@@ -133,7 +140,7 @@ def _read_timm(name: str) -> Weights:
     args = _headless(getattr(model, "_model_args", None) or {})  # what a hub folder's config.json adds to the name
     args |= {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
     spec = ModelSpec(cfg.get("architecture") or name, args, tuple(cfg["mean"]), tuple(cfg["std"]))
-    return Weights(name, _encoder_tensors(model.state_dict()), spec)
+    return Weights(name, *_split(model.state_dict(), spec), cfg.get("label_names"))
 
 
 def _headless(args: dict[str, Any]) -> dict[str, Any]:
@@ -141,10 +148,15 @@ def _headless(args: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key != "num_classes"}
 
 
-def _encoder_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the encoder's part; a full MAE file also holds the decoder, which timm would take for DINOv2's."""
-    dropped = ("decoder", "mask_token", *HEAD)
-    return {name: x for name, x in tensors.items() if not name.startswith(dropped)}
+def _split(
+    tensors: dict[str, Tensor], spec: ModelSpec | None
+) -> tuple[dict[str, Tensor], ModelSpec | None, dict[str, Tensor]]:
+    """Returns the encoder's tensors, `spec` and the classifier's own layers, in the order that `Weights` has them.
+
+    A full MAE file also holds the decoder, which timm would take for DINOv2's: it is left out.
+    """
+    encoder = {name: x for name, x in tensors.items() if not name.startswith(("decoder", "mask_token", *HEAD))}
+    return encoder, spec, {name: x for name, x in tensors.items() if name.startswith(HEAD)}
 
 
 def encoder_spec(config: EncoderConfig, data: DataConfig, weights: Weights | None) -> ModelSpec:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quarterlight.finetune.config import FinetuneOptimConfig
-from quarterlight.finetune.heads import build_classifier, layer_decay_groups
+from quarterlight.finetune.heads import build_classifier, layer_decay_groups, load_classifier
 from quarterlight.ssl.config import DataConfig, EncoderConfig
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
@@ -173,6 +173,22 @@ def test_a_classifier_serves_as_an_encoder_without_its_head(weights: Weights, tm
     encoder, _ = load_encoder(encoder_spec(EncoderConfig(), DATA, found), found)
     torch.testing.assert_close(encoder.eval()(IMAGES), model.forward_features(IMAGES), rtol=0, atol=1e-6)
     assert encoder.timm.num_classes == 0
+
+
+@pytest.mark.parametrize("exported", ["classifier.safetensors", "hub"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_classifier_comes_back_whole(weights: Weights, tmp_path: Path, pool: str, exported: str):
+    model = fine_tuned(weights, pool, tmp_path)
+    found = read_weights(str(tmp_path / exported))
+    loaded, spec, report = load_classifier(encoder_spec(EncoderConfig(), DATA, found), found)
+    torch.testing.assert_close(loaded.eval()(IMAGES), model(IMAGES), rtol=0, atol=1e-6)
+    assert spec.args["num_classes"] == 10
+    assert "a head of 10 classes" in report
+
+
+def test_an_encoder_is_no_classifier(weights: Weights):
+    with pytest.raises(InputError, match="holds no classification head"):
+        load_classifier(SPEC, weights)
 
 
 @pytest.mark.parametrize("exported", ["classifier.safetensors", "hub"])
