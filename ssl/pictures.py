@@ -102,7 +102,7 @@ def filmstrip(folder: Path, size: tuple[int, int], last_step: int) -> UInt8[np.n
         return None
     newest = cut[-1][1]
     columns = [newest[:, 0], *(triples[:, 1] for _, triples in cut), newest[:, 2]]
-    return _labelled(np.stack(columns, axis=1)[:FILM_IMAGES], ["masked", *(f"{s:,}" for s, _ in cut), "original"])
+    return _labelled(np.stack(columns, axis=1)[:FILM_IMAGES], ["masked", *(f"step {s}" for s, _ in cut), "original"])
 
 
 def _triples(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "n 3 H W 3"] | Any:
