@@ -205,7 +205,12 @@ def test_launch_scripts_are_short():
 def test_wheel_is_complete(tmp_path):
     """Builds a wheel, installs it away from the checkout, and imports every module of it there."""
     source, wheels, venv = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
-    tracked = [*files("ssl"), *files("finetune"), *files(PICTURES), *(ROOT / x for x in ("pyproject.toml", "README.md", "LICENSE"))]
+    tracked = [
+        *files("ssl"),
+        *files("finetune"),
+        *files(PICTURES),
+        *(ROOT / x for x in ("pyproject.toml", "README.md", "LICENSE")),
+    ]
     for file in tracked:
         target = source / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +232,9 @@ def test_wheel_is_complete(tmp_path):
     subprocess.run(install, check=True, cwd=tmp_path)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files stay unread
     modules = [
-        f"quarterlight.{folder.replace('/', '.')}.{file.stem}" for folder in (*ROOMS, PICTURES) for file in files(folder)
+        f"quarterlight.{folder.replace('/', '.')}.{file.stem}"
+        for folder in (*ROOMS, PICTURES)
+        for file in files(folder)
     ]
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {modules}])"
     found = subprocess.run(

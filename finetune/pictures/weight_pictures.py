@@ -49,8 +49,8 @@ def draw_filters(encoder: Encoder) -> Picture:
         "filters",
         f"Patch embedding: the first {len(images)} principal components of {first.out_channels} filters",
         f"Filters of {height} x {width} pixels, each component scaled to its own range, grey is zero; the largest comes "
-        f"first. They hold {100 * float(share.sum()):.0f} % of the filters' variance, the first {100 * float(share[0]):.0f} "
-        "%. Trained filters are smooth: means, edges and colors; untrained ones are noise.",
+        f"first. They hold {100 * share.sum():.0f} % of the filters' variance, the first {100 * share[0]:.0f} %. "
+        "Trained filters are smooth: means, edges and colors; untrained ones are noise.",
         height=montage_height(len(rows), columns, images[0].shape[0] / images[0].shape[1]),
     )
     show_montage(picture.figure.subplots(), rows, gap=0.08)
@@ -64,7 +64,7 @@ def position_similarity(encoder: Encoder) -> Float[Tensor, "N N"]:
     """
     table = getattr(encoder.timm, "pos_embed", None)
     if not isinstance(table, Tensor):
-        raise CannotDraw(f"a {type(encoder.timm).__name__} without absolute positions has no similarity of positions")
+        raise CannotDraw(f"{type(encoder.timm).__name__} has no absolute positions whose similarity could be shown")
     patches = F.normalize(table.detach()[0, -encoder.num_units :].double(), dim=1)
     return (patches @ patches.t()).float().cpu()
 
@@ -106,7 +106,7 @@ def bias_tables(encoder: Encoder) -> list[Float[Tensor, "_ _ _"]]:
     small network makes of the coordinates, 0 to 16. Raises CannotDraw for an encoder without windows.
     """
     if not isinstance(encoder, SwinEncoder):
-        raise CannotDraw(f"a {type(encoder.timm).__name__} has no tables of relative positions")
+        raise CannotDraw(f"{type(encoder.timm).__name__} has no tables of relative positions")
     found = []
     with torch.no_grad():
         for block in blocks_of(encoder):
@@ -153,7 +153,7 @@ def draw_bias_tables(encoder: Encoder) -> Picture:
 def draw_window_mask(encoder: Encoder) -> Picture:
     """Draws how the first shifted windows of a Swin are cut out, and which of their pairs may attend to each other."""
     if not isinstance(encoder, SwinEncoder):
-        raise CannotDraw(f"a {type(encoder.timm).__name__} has no windows")
+        raise CannotDraw(f"{type(encoder.timm).__name__} has no windows")
     names = block_names(encoder)
     number = next((i for i, b in enumerate(blocks_of(encoder)) if any(b.shift_size) and b.attn_mask is not None), None)
     if number is None:
@@ -165,27 +165,24 @@ def draw_window_mask(encoder: Encoder) -> Picture:
     plain = numbers[rows // window[0], columns // window[1]]
     shifted = numbers[(rows - shift[0]) % high // window[0], (columns - shift[1]) % wide // window[1]]
     masks = (block.attn_mask < 0).float().cpu().numpy()  # [windows, A, A]
-    kinds = {
-        "inside": numbers[0, 0],
-        "right edge": numbers[0, -1],
-        "lower edge": numbers[-1, 0],
-        "corner": numbers[-1, -1],
-    }
+    kinds = {"inside": (0, 0), "right edge": (0, -1), "lower edge": (-1, 0), "corner": (-1, -1)}
     picture = new_picture(
         "window_mask",
         f"Shifted windows of {names[number]}: {window[0]} x {window[1]} tokens, moved by {shift[0]} and {shift[1]}",
         "Above: the windows of the block before it, and the shifted ones; parts of one color are one window, rolled "
-        "around the edges so that all stay whole. Below, a token of the window a row and a column: dark pairs may "
+        "around the edges so that all stay whole. Below, all pairs of tokens of a window, a query a row: dark pairs may "
         "attend to each other, pale ones come from opposite edges of the image and are masked (-100).",
         height=7.4,
     )
     above, below = picture.figure.subfigures(2, 1, height_ratios=(1.9, 1))
     for axes, cells, title in zip(above.subplots(1, 2), (plain, shifted), ("windows", "shifted windows"), strict=True):
         axes.imshow(_tinted(cells, numbers.shape[1]), interpolation="nearest", extent=(0, wide, high, 0))
-        axes.set(title=f"{title} on {high} x {wide} tokens", xticks=[], yticks=[])
+        axes.set_title(f"{title} on {high} x {wide} tokens", fontsize=9)
+        axes.set(xticks=[], yticks=[])
     for axes, (title, kind) in zip(below.subplots(1, 4), kinds.items(), strict=True):
-        axes.imshow(masks[kind], cmap=QUANTITY, vmin=0, vmax=1, interpolation="nearest")
-        axes.set(title=title, xticks=[], yticks=[])
+        axes.imshow(masks[numbers[kind]], cmap=QUANTITY, vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set(xticks=[], yticks=[])
     return picture
 
 
