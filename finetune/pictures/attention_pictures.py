@@ -44,8 +44,8 @@ def draw_attention_distance(
         f"Distance between a patch and the patches that it attends to, weighted by attention, over {len(images)} images"
         + (" (class and register tokens left out)" if encoder.num_prefix_tokens else "")
         + (", within windows, which bound it. " if windows else ". ")
-        + "Dots are heads, the line is their mean. Low: a head looks nearby; the dashed line is where a head would look "
-        "that attends to " + ("its whole window alike." if windows else "all patches alike."),
+        + "Dots are heads, the line is their mean. Low: a head looks nearby; the dashed line is where a head "
+        "would look that attends to " + ("its whole window alike." if windows else "all patches alike."),
         height=3.8,
     )
     axes = picture.figure.subplots()
@@ -120,8 +120,8 @@ def draw_rollout(encoder: Encoder, images: Float[Tensor, "B C H W"], shown: Floa
         "rollout",
         f"Attention rolled out: which patches {of} comes from",
         "Image, rolled-out attention, and the image lit by it. Attention averaged over heads, half of it the residual "
-        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range; the largest share of a "
-        f"patch in any of them is {100 * float(patches.max()):.2g} %, equal shares would be {100 / patches.shape[1]:.2g} %."
+        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range; the largest share "
+        f"of a patch is {100 * float(patches.max()):.2g} %, equal shares would be {100 / patches.shape[1]:.2g} %."
         + (" In a Swin merged tokens count as equal parts." if isinstance(encoder, SwinEncoder) else ""),
         height=montage_height(len(cells), len(cells[0]), shown.shape[1] / shown.shape[2]),
     )

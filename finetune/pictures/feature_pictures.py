@@ -65,8 +65,8 @@ def draw_features_map(features: Float[Tensor, "n D"], images: Images, *, seed: i
     picture = new_picture(
         "features_map",
         f"Features of {n} images, drawn in two dimensions by {method}",
-        f"{coloring}Near points are images whose features (mean of the patch tokens) are alike: a class that the encoder "
-        "tells apart without labels is a cloud of its own. "
+        f"{coloring}Near points are images whose features (mean of the patch tokens) are alike: a class that the "
+        "encoder tells apart without labels is a cloud of its own. "
         + ("Distances between far clouds and sizes of clouds mean nothing in t-SNE." if method == "t-SNE" else ""),
         height=5.6,
     )
@@ -129,9 +129,9 @@ def draw_features_rgb(
     picture = new_picture(
         "features_rgb",
         "Patch features as colors: their first three principal components",
-        f"Red, green and blue are the main directions in which the features of all patches of these {len(shown)} images "
-        "differ, found for each layer by itself: patches of one color are alike for that layer, in all rows, and colors "
-        "of different columns do not correspond.",
+        f"Red, green and blue are the main directions in which the features of all patches of these {len(shown)} "
+        "images differ, found for each layer by itself: patches of one color are alike for that layer, in all rows, "
+        "and colors of different columns do not correspond. Where only places differ, all rows look the same.",
         height=montage_height(len(rows), len(rows[0]), shown.shape[1] / shown.shape[2]) + 0.2,
     )
     show_montage(picture.figure.subplots(), rows, columns=["image", *names])
@@ -162,10 +162,10 @@ def draw_neighbors(
     picture = new_picture(
         "neighbors",
         f"Nearest neighbors among {len(features)} images",
-        "Left the image that is asked for; then those whose features (mean of the patch tokens) have the largest cosine "
-        "similarity, which stands below each. "
+        "Left the image that is asked for; then those whose features (mean of the patch tokens) have the largest "
+        "cosine similarity, which stands below each. "
         + (
-            f"Blue frames are images of the same class, dashed orange ones of another: {100 * share:.0f} % are the same."
+            f"Blue frames are of the same class ({100 * share:.0f} %), dashed orange ones of another."
             if labelled
             else ""
         ),
