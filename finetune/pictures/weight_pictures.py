@@ -48,8 +48,8 @@ def draw_filters(encoder: Encoder) -> Picture:
     picture = new_picture(
         "filters",
         f"Patch embedding: the first {len(images)} principal components of {first.out_channels} filters",
-        f"Filters of {height} x {width} pixels, each component scaled to its own range, grey is zero; the largest comes "
-        f"first. They hold {100 * share.sum():.0f} % of the filters' variance, the first {100 * share[0]:.0f} %. "
+        f"Filters of {height} x {width} pixels, each component scaled to its own range, grey is zero; the largest "
+        f"comes first. They hold {100 * share.sum():.0f} % of the filters' variance, the first {100 * share[0]:.0f} %. "
         "Trained filters are smooth: means, edges and colors; untrained ones are noise.",
         height=montage_height(len(rows), columns, images[0].shape[0] / images[0].shape[1]),
     )
@@ -170,8 +170,8 @@ def draw_window_mask(encoder: Encoder) -> Picture:
         "window_mask",
         f"Shifted windows of {names[number]}: {window[0]} x {window[1]} tokens, moved by {shift[0]} and {shift[1]}",
         "Above: the windows of the block before it, and the shifted ones; parts of one color are one window, rolled "
-        "around the edges so that all stay whole. Below, all pairs of tokens of a window, a query a row: dark pairs may "
-        "attend to each other, pale ones come from opposite edges of the image and are masked (-100).",
+        "around the edges so that all stay whole. Below, all pairs of tokens of a window, a query a row: dark pairs "
+        "may attend to each other, pale ones come from opposite edges of the image and are masked (-100).",
         height=7.4,
     )
     above, below = picture.figure.subfigures(2, 1, height_ratios=(1.9, 1))
