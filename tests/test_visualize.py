@@ -106,6 +106,7 @@ def test_mistakes_are_told_in_one_sentence(run, launch, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "filters" in done.stderr
     for wrong, said in (
         ({"out": str(tmp_path / "file")}, "is a file: give a folder"),
+        ({"out": str(run_dir)}, "holds a run or results of another command"),
         ({"init": str(tmp_path / "nowhere")}, "no such file or folder"),
         ({"images": str(tmp_path / "nowhere-*.tar")}, "matches no file"),
         ({"images": str(tmp_path / "empty")}, "no image inside"),
@@ -118,6 +119,7 @@ def test_mistakes_are_told_in_one_sentence(run, launch, tmp_path):
         with pytest.raises(InputError, match=said):
             visualize(VisualizeConfig(**(base | wrong)))
         assert not (tmp_path / "out" / "result.json").exists()
+    assert json.loads((run_dir / "result.json").read_text())["command"] == "pretrain"
 
 
 def test_the_decoder_of_a_run_fills_in_what_the_run_itself_drew(run):
@@ -229,9 +231,14 @@ def test_a_map_without_scikit_learn_is_of_principal_components(monkeypatch):
     rng = np.random.default_rng(0)
     features = torch.from_numpy(rng.normal(size=(30, 8))).float()
     labels = np.arange(30) % 15
-    images = Images(torch.zeros(30, 4, 4, 3, dtype=torch.uint8), labels, [str(i) for i in range(30)], None, 30, [])
+    names = ["$x_$", "_hidden", "\u732b", *map(str, range(3, 15))]  # of classes, in any language
+    images = Images(torch.zeros(30, 4, 4, 3, dtype=torch.uint8), labels, [str(i) for i in range(30)], names, 30, [])
     picture = draw_features_map(features, images, seed=0)
     assert "principal components" in picture.title and "10 most frequent of 15 classes" in picture.caption
+    assert figure_pixels(picture.figure).std() > 5
+    assert [x.get_text() for x in picture.figure.axes[0].get_legend().get_texts()][:4] == [
+        r"\$x_\$", " _hidden", "\u732b", "3",
+    ]  # fmt: skip
     drawn = np.concatenate([np.asarray(x.get_offsets()) for x in picture.figure.axes[0].collections])
     wanted = principal_components(features, 2).numpy()
     assert np.sort(drawn[:, 0]) == pytest.approx(np.sort(wanted[:, 0]))

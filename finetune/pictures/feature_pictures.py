@@ -14,7 +14,7 @@ from quarterlight.finetune.features import pooled
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.swin import SwinEncoder
 
-from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, show_montage
+from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, plain, show_montage
 from .images import Images
 
 FORWARD_BATCH = 64
@@ -75,7 +75,7 @@ def draw_features_map(features: Float[Tensor, "n D"], images: Images, *, seed: i
     axes.scatter(*points[other].T, s=9, color="#cccccc", linewidths=0, label="others" if rest else None)
     for i, label in enumerate(chosen):
         style = {"color": COLORS[i], "marker": MARKERS[i], "edgecolors": "#444444", "linewidths": 0.2}
-        axes.scatter(*points[images.labels == label].T, s=18, label=images.class_name(label)[:24], **style)
+        axes.scatter(*points[images.labels == label].T, s=18, label=plain(images.class_name(label)[:24]), **style)
     axes.set_xticks([])
     axes.set_yticks([])
     if chosen:
@@ -179,7 +179,7 @@ def draw_neighbors(
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
             label = images.class_name(int(images.labels[i]))[:14] if images.labels[i] >= 0 else ""
-            place.set_xlabel(f"{label} {near[j - 1]:.3f}" if j else label, fontsize=8, labelpad=3)
+            place.set_xlabel(plain(f"{label} {near[j - 1]:.3f}" if j else label), fontsize=8, labelpad=3)
             if j and images.labels[query] >= 0:
                 same = images.labels[i] == images.labels[query]
                 color, dash = (COLORS[0], "-") if same else (COLORS[1], (0, (3, 1.5)))

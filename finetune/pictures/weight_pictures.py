@@ -25,12 +25,18 @@ def filter_components(encoder: Encoder) -> tuple[Float[Tensor, "k C P P"], Float
 
     The largest first, at most COMPONENTS; of a hybrid those of the stem's first convolution.
     """
-    first = next(module for module in encoder.timm.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    first = _first_convolution(encoder)
     filters = first.weight.detach().double().flatten(1).cpu()
     _, strengths, components = torch.linalg.svd(filters - filters.mean(dim=0), full_matrices=False)
     share = strengths**2 / (strengths**2).sum().clamp_min(torch.finfo(torch.float64).tiny)
     count = min(COMPONENTS, len(components))
+    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+    components = components * torch.where(largest < 0, -1.0, 1.0)  # signs would be arbitrary otherwise
     return components[:count].unflatten(1, first.weight.shape[1:]).float(), share[:count].float()
+
+
+def _first_convolution(encoder: Encoder) -> nn.Conv2d:
+    return next(module for module in encoder.timm.patch_embed.modules() if isinstance(module, nn.Conv2d))
 
 
 def draw_filters(encoder: Encoder) -> Picture:
@@ -43,7 +49,7 @@ def draw_filters(encoder: Encoder) -> Picture:
     columns = 7
     empty = [None] * (-len(images) % columns)
     rows = [[*images, *empty][i : i + columns] for i in range(0, len(images), columns)]
-    first = next(module for module in encoder.timm.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    first = _first_convolution(encoder)
     height, width = first.kernel_size
     picture = new_picture(
         "filters",
