@@ -53,11 +53,11 @@ def visualize(config: VisualizeConfig) -> dict[str, Any]:
         print(f"{out / name}.png: {picture.title}", flush=True)
     if not drawn:
         raise InputError(f"none of the pictures can be drawn ({'; '.join(left_out.values())})")
-    _to_tensorboard(out, drawn)
     about = [{"file": f"{p.name}.png", "title": p.title, "caption": p.caption} for p in drawn]
     result = {"command": "visualize", "finished": True, "encoder": studio.subject.report}
     result |= {"pictures": about, "left_out": left_out, **studio.figures}
     write_json(out / "result.json", result)
+    _to_tensorboard(out, drawn)
     return result
 
 
