@@ -136,7 +136,7 @@ def test_packages_are_the_folders_with_code():
     folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
     assert folders == {Path(folder) for folder in (*ROOMS, PICTURES)}
     assert {f"quarterlight.{'.'.join(folder.parts)}" for folder in folders} == set(setuptools["packages"])
-    assert setuptools["package-dir"] == {f"quarterlight.{folder}": str(folder) for folder in folders}
+    assert setuptools["package-dir"] == {f"quarterlight.{'.'.join(folder.parts)}": str(folder) for folder in folders}
 
 
 def test_no_folder_is_a_regular_package():
