@@ -87,6 +87,7 @@ ORDER = [
     "task",
     "engine",
     "export",
+    "relative_tables",
     "released",
     "stage",
     "pictures",
