@@ -29,6 +29,7 @@ ORDER = [
     "masking",
     "pos_embed",
     "epochs",
+    "balanced",
     "order",
     "tar_scan",
     "entries",
@@ -93,7 +94,20 @@ ORDER = [
     "pictures",
     "pretrain",
 ]
-FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+FINETUNE_ORDER = [
+    "config",
+    "evaluate",
+    "confusion",
+    "duplicates",
+    "heads",
+    "partial",
+    "mixing",
+    "eval_only",
+    "features",
+    "knn",
+    "classify",
+    "linear_probe",
+]
 
 
 def files(folder: str) -> list[Path]:
