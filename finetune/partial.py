@@ -11,7 +11,7 @@ BEHIND = ("norm", "attn_pool", "fc_norm", "head_drop", "head")  # what timm's cl
 OF_THE_MLP = ("norm2", "mlp", "ls2", "drop_path2")  # of a block
 
 
-def freeze(classifier: Any, trainable_blocks: float | None) -> str:
+def freeze(classifier: Any, trainable_blocks: float | int | None) -> str:
     """Freezes a timm classifier but for its last blocks, the final norm and the head. Returns a sentence on it.
 
     As in MAE's partial fine-tuning (He et al. 2022, figure 9): 0 is the head alone, 0.5 adds the MLP of the last block
