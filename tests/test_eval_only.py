@@ -144,10 +144,10 @@ def test_a_pickled_classifier_is_evaluated_at_another_size(nursery, shards, fine
     run(nursery, given | {"run_dir": str(tmp_path / "same"), "data.img_size": "16"})
     assert figures(tmp_path / "same") == pytest.approx(figures(finetuned), abs=1e-5)
     (rank,) = run(
-        nursery, given | {"run_dir": str(tmp_path / "larger"), "data.img_size": "240", "data.crop_pct": "0.9"}
+        nursery, given | {"run_dir": str(tmp_path / "larger"), "data.img_size": "[16, 228]", "data.crop_pct": "0.9"}
     )
-    assert result(tmp_path / "larger")["img_size"] == [240, 240]
-    assert "positions resized from 4 x 4 to 60 x 60" in rank.said() and "--data.crop_pct 1" in rank.said()
+    assert result(tmp_path / "larger")["img_size"] == [16, 228]
+    assert "positions resized from 4 x 4 to 4 x 57" in rank.said() and "--data.crop_pct 1" in rank.said()
 
 
 def test_mistakes_get_one_sentence(shards, pretrained, finetuned, tmp_path, capsys):
