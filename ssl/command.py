@@ -91,6 +91,9 @@ def parser_for(
         parser.add_argument(plain, metavar=plain.upper(), help=text, nargs=number)
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_class_arguments(config_class, nested_key=None, as_group=False)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --eval_only is --eval_only true
+            action.nargs, action.const = "?", True
     return parser
 
 

@@ -4,16 +4,15 @@ import argparse
 import inspect
 import json
 import math
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from .config import DataConfig, EncoderConfig
@@ -22,6 +21,7 @@ from .encoders import build_encoder, create_timm_model, wrap
 from .errors import InputError
 from .export import CLASSIFIER_FILE, ENCODER_FILE, ModelSpec
 from .patches import pair
+from .relative_tables import resize_table
 
 # A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
 HEAD = ("head.", "fc_norm.")
@@ -179,6 +179,8 @@ def encoder_spec(config: EncoderConfig, data: DataConfig, weights: Weights | Non
     args = {**(known.args if known and known.name == name else {}), **config.args}
     if sizes:
         args["img_size"] = list(sizes.pop())
+    if known is not None and name.startswith("swinv2_") and "pretrained_window_sizes" not in config.args:
+        args |= _pretrained_windows(ModelSpec(name, args, known.mean, known.std), known)
     if args.setdefault("in_chans", data.in_chans) != data.in_chans:
         raise InputError(f"the encoder takes {args['in_chans']} channels and data.in_chans is {data.in_chans}")
     mean = data.mean or (known.mean if known else IMAGENET_DEFAULT_MEAN)
@@ -201,7 +203,8 @@ def load_encoder(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str
 def load_weights(model: Any, weights: Weights) -> str:
     """Loads an encoder's weights into a timm model, resizing positions to it. Returns a sentence on what matched.
 
-    Absolute positions follow the grid of patches, tables of relative ones the windows, both by timm's interpolation.
+    Absolute positions follow the grid of patches by timm's interpolation. Tables of relative ones follow the windows:
+    bicubic, as Swin's code, where the weights came with a classifier's head, else by SimMIM's geometric rule.
 
     A classifier's own layers (`head`, `fc_norm`) keep their values; a final norm that moved behind the pooling (`norm`)
     is left out, as MAE does. Raises InputError when anything else is missing or has another shape.
@@ -219,7 +222,7 @@ def load_weights(model: Any, weights: Weights) -> str:
             note = f"; positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
     tables = _resized_tables(model, weights, wanted)
     given |= tables
-    note += f"; {len(tables)} tables of relative positions resized" if tables else ""
+    note += f"; {len(tables)} tables of relative positions resized ({_rule(weights)})" if tables else ""
     unused = sorted(name for name in given.keys() - wanted.keys())
     matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
     if len(matched) < len(wanted):
@@ -268,10 +271,36 @@ def _resized_tables(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> 
                 "not say which it is: give encoder.args.window_size as they were trained"
             )
         if pair(window) != pair(new):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of timm's, about the kind of interpolation
-                found[name] = resize_rel_pos_bias_table(table, new, tuple(wanted[name].shape), pair(window))  # type: ignore[arg-type]
+            found[name] = resize_table(table, pair(window), pair(new), _rule(weights))
     return found
+
+
+def _rule(weights: Weights) -> Literal["geometric", "bicubic"]:
+    """Returns how tables of relative positions are resized: a head says that the weights were trained with labels."""
+    return "bicubic" if weights.head else "geometric"
+
+
+def _pretrained_windows(spec: ModelSpec, known: ModelSpec) -> dict[str, Any]:
+    """Returns the argument that has a SwinV2 measure offsets by the windows that `known` was trained with, if needed.
+
+    Its bias is a function of offsets that are divided by the size of a window: in other windows, without this argument,
+    the same two tokens would get another bias.
+    """
+    measured = []
+    for each in (spec, known):
+        with torch.device("meta"):
+            model: Any = create_timm_model(each.name, **each.timm_args())
+        attentions = [stage.blocks[0].attn for stage in getattr(model, "layers", ())]
+        if not all(hasattr(attn, "pretrained_window_size") for attn in attentions):
+            return {}  # other weights, which are refused when they are loaded
+        measured.append(
+            [
+                attn.pretrained_window_size if any(attn.pretrained_window_size) else attn.window_size
+                for attn in attentions
+            ]
+        )
+    new, old = measured
+    return {} if new == old else {"pretrained_window_sizes": [list(pair(window)) for window in old]}
 
 
 def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:

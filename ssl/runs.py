@@ -22,7 +22,7 @@ NEUTRAL = {
     "run_dir", "resume", "compile", "num_workers", "save_every_steps", "keep_states",
     "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
     "data.max_bad_share", "data.cache_dir", "data.cache_gb", "stall_timeout_s", "max_skipped_steps",
-    "grad_checkpointing",
+    "grad_checkpointing", "check_duplicates",
     "data.lanes", "data.block_samples",  # these are compared as null is meant, with the state
 }  # fmt: skip
 

@@ -47,8 +47,11 @@ class Opened:
     fetching: Fetching
     small: dict[int, SmallImages | None]  # by id of the index
 
-    def training_order(self, ids: Int[np.ndarray, " n"], batch_size: int) -> Order:
-        """Returns the order in which these samples of `train` are trained on. Raises InputError."""
+    def training_order(self, ids: Int[np.ndarray, " n"], batch_size: int, *, balanced: bool = False) -> Order:
+        """Returns the order in which these samples of `train` are trained on, or all classes equally often.
+
+        Raises InputError.
+        """
         data, train = self.config.data, self.train
         return build_order(
             data,
@@ -59,6 +62,7 @@ class Opened:
             seed=self.config.seed,
             batch_size=batch_size,
             remote=train.cache is not None,
+            balanced=train.label[ids] if balanced else None,
         )
 
     def samples(
@@ -77,7 +81,7 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) 
     accelerator = build_accelerator(config.precision)
     run_dir = _open_shared_run(config, accelerator)
     data = config.data
-    weights = read_weights(init) if init is not None else None  # before the shards, which may take long
+    weights = read_weights(init) if init not in (None, "none") else None  # before the shards, which may take long
     spec = encoder_spec(config.encoder, data, weights)
     if data.train_weights is not None and len(data.train_weights) != (count := len(sources(data.train))):
         raise InputError(

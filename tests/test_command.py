@@ -87,6 +87,22 @@ def test_other_stages_have_their_own_groups():
     assert (probe.base_lrs, probe.neighbors) == ((0.1, 0.2), (5,))
 
 
+def test_an_option_that_is_true_or_false_may_stand_alone():
+    alone = parse("--eval_only", "--data.balanced", "--compile", "false", config=FinetuneConfig)
+    assert (alone.eval_only, alone.data.balanced, alone.compile) == (True, True, False)
+    assert parse("--eval_only=false", "--untrained", config=FinetuneConfig).untrained
+
+
+def test_only_fine_tuning_can_do_without_shards_to_train_on():
+    config = parse("--eval_only", "--data.val", "v", config=FinetuneConfig, required=("--run_dir", "r"))
+    assert config.data.train is None
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("balanced", "balanced"), ("[1, 2.5]", [1.0, 2.5]), ("null", None)])
+def test_class_weights_are_a_word_or_numbers(given: str, wanted: object):
+    assert parse("--class_weights", given, config=FinetuneConfig).class_weights == wanted
+
+
 def test_a_file_gives_options_and_a_later_file_wins(tmp_path: Path):
     first = written(tmp_path / "1.yaml", {"seed": 1, "optim": {"base_lr": 1.0, "min_lr": 0.5}})
     second = written(tmp_path / "2.yaml", {"seed": 2, "optim": {"base_lr": 2.0}})

@@ -29,6 +29,7 @@ ORDER = [
     "masking",
     "pos_embed",
     "epochs",
+    "balanced",
     "order",
     "tar_scan",
     "entries",
@@ -87,12 +88,26 @@ ORDER = [
     "task",
     "engine",
     "export",
+    "relative_tables",
     "released",
     "stage",
     "pictures",
     "pretrain",
 ]
-FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+FINETUNE_ORDER = [
+    "config",
+    "evaluate",
+    "confusion",
+    "duplicates",
+    "heads",
+    "partial",
+    "mixing",
+    "eval_only",
+    "features",
+    "knn",
+    "classify",
+    "linear_probe",
+]
 
 
 def files(folder: str) -> list[Path]:
