@@ -27,7 +27,7 @@ from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
 from .recompute import checkpoint_blocks
-from .released import load_encoder
+from .released import encoder_with_weights
 from .runs import write_result, write_run_files
 from .sharding import Whole, block_names
 from .signals import StopSignals
@@ -142,7 +142,7 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
     if config.positions == "none":
         spec = replace(spec, args=spec.args | {"pos_embed": "none"})
     try:
-        encoder, report = load_encoder(spec, opened.weights)
+        encoder, report = encoder_with_weights(spec, opened.weights)
     except InputError as error:
         if config.positions == "none" and "pos_embed" in str(error):
             raise InputError(f"positions none: {spec.name} has no absolute positions to leave out") from error
