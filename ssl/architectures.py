@@ -74,10 +74,10 @@ def _vit(encoder: dict[str, Tensor], pooled: bool) -> Architecture:
         args["patch_size"] = patch
     registers = encoder["reg_token"].shape[1] if "reg_token" in encoder else 0
     prefix, rows = registers + ("cls_token" in encoder), positions.shape[1]
-    bare = prefix > 0 and math.isqrt(rows - prefix) ** 2 != rows - prefix and math.isqrt(rows) ** 2 == rows
-    side = math.isqrt(rows if bare else rows - prefix)
-    if side**2 == (rows if bare else rows - prefix):
-        args["img_size"] = [side * patch, side * patch]
+    side, alone = _side(rows - prefix), _side(rows)  # with a position for class token and registers, and without
+    bare = side is None and alone is not None and prefix > 0
+    if (found := alone if bare else side) is not None:
+        args["img_size"] = [found * patch, found * patch]
     options = {
         "no_embed_class": bare,
         "reg_tokens": registers,
@@ -93,6 +93,12 @@ def _vit(encoder: dict[str, Tensor], pooled: bool) -> Architecture:
     elif pooled:
         args["global_pool"] = "avg"
     return Architecture(name, args, told)
+
+
+def _side(count: int) -> int | None:
+    """Returns the side of a square grid of `count` patches, None if there is no such grid."""
+    side = math.isqrt(max(0, count))
+    return side if side > 0 and side**2 == count else None
 
 
 def _swin(encoder: dict[str, Tensor], buffers: dict[str, Tensor]) -> Architecture:

@@ -43,7 +43,7 @@ WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 PATCHES, HF_PATCHES = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
 # Which of several encoders in one file is taken: the averaged one, or the one that was trained for release.
 PREFERRED = ("teacher", "target_encoder", "base_encoder", "encoder_q", "online_encoder", "student")
-OWN = ("autoencoder.encoder.timm.", "classifier.")  # in states of this project
+OWN = ("autoencoder.encoder.timm.", "encoder.timm.", "classifier.")  # in states of this project, and in its models
 HEAD_LAYERS = re.compile(r"(head\.(fc\.)?|fc_norm\.)(weight|bias)")
 UNSUPPORTED = {
     "dist_token": "a distilled DeiT has a second class token; use one of timm's deit3_* or vit_*",
@@ -128,8 +128,8 @@ def _timm_like(inner: Tensors, outer: Tensors, prefix: str, merge_order: MergeOr
     if any(name.startswith("layers.") for name in inner):
         return _swin(inner, outer, merge_order)
     decoder = {name: x for name, x in everything.items() if re.match(r"decoder_|mask_token$|decoder\.0\.", name)}
-    rest = {name: x for name, x in inner.items() if name not in decoder}
-    unused = [name for name in outer if name not in decoder]
+    rest = {name: x for name, x in inner.items() if not name.startswith(("decoder", "mask_token"))}
+    unused = [name for name in everything if name not in decoder and not (name in inner and name in rest)]
     is_dino = "register_tokens" in rest or "blocks.0.0.norm1.weight" in rest
     found = Found("timm", *_split(from_dino(rest), unused), unused=unused)
     if "decoder_pred.weight" in decoder:

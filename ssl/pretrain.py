@@ -27,7 +27,7 @@ from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
 from .recompute import checkpoint_blocks
-from .released import encoder_with_weights
+from .released import encoder_with_weights, load_decoder
 from .runs import write_result, write_run_files
 from .sharding import Whole, block_names
 from .signals import StopSignals
@@ -65,7 +65,7 @@ class PretrainTask(Task):
 
 def pretrain(config: PretrainConfig) -> Figures:
     """Runs pretraining to its end and leaves weights, hub folder, picture and figures in the run folder."""
-    opened = open_stage(config, config.init)
+    opened = open_stage(config, config.init, with_decoder=config.init_decoder)
     accelerator, run_dir = opened.accelerator, opened.run_dir
     autoencoder, spec, report = _build(config, opened)
     encoder = autoencoder.encoder
@@ -163,6 +163,10 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
         pred_share=config.pred_share,
         encode_masked=config.encode_masked,
     )
+    if config.init_decoder:
+        if opened.weights is None:
+            raise InputError("init_decoder takes the decoder from --init, which is not given")
+        report = f"{report}\n{load_decoder(autoencoder, opened.weights)}"
     return autoencoder, spec, report
 
 

@@ -95,6 +95,7 @@ ORDER = [
     "weights",
     "spec",
     "released",
+    "convert",
     "stage",
     "pictures",
     "pretrain",
