@@ -59,7 +59,7 @@ def _vit(encoder: dict[str, Tensor], pooled: bool) -> Architecture:
     told = f"width {width}, {depth} blocks, patches of {patches.shape[2]} pixels"
     of_another = ("blocks.0.attn.q_bias", "rope.freqs")  # timm's Eva
     if positions is None or fc1 is None or fc2 is None or fc2.shape[1] != len(fc1) or patches.ndim != 4:
-        return Architecture(hint=f"{told}, and rotary positions, gated MLPs or a convolutional stem")
+        return Architecture(hint=f"{told}, and the rest is of rotary positions, gated MLPs or a stem, or renamed")
     if any(name in encoder for name in of_another) or any(name.startswith("patch_embed.backbone") for name in encoder):
         return Architecture(hint=f"{told}, and rotary positions or a convolutional stem")
     if patches.shape[2] != patches.shape[3]:
