@@ -45,6 +45,8 @@ def architecture_of(encoder: dict[str, Tensor], buffers: dict[str, Tensor], *, p
     `pooled` says that a classifier's norm stands behind its pooling. The heads of a ViT leave no trace in its tensors:
     they are those of the standard model of its size, or (`num_heads` None) left to be given.
     """
+    if encoder[PATCHES].ndim != 4:
+        return Architecture(hint="a patch embedding that is no convolution")
     if any(name.startswith("layers.") for name in encoder):
         return _swin(encoder, buffers)
     if any(re.match(r"blocks\.0\.attn\.qkv\.weight", name) for name in encoder):
@@ -58,7 +60,7 @@ def _vit(encoder: dict[str, Tensor], pooled: bool) -> Architecture:
     fc1, fc2 = encoder.get("blocks.0.mlp.fc1.weight"), encoder.get("blocks.0.mlp.fc2.weight")
     told = f"width {width}, {depth} blocks, patches of {patches.shape[2]} pixels"
     of_another = ("blocks.0.attn.q_bias", "rope.freqs")  # timm's Eva
-    if positions is None or fc1 is None or fc2 is None or fc2.shape[1] != len(fc1) or patches.ndim != 4:
+    if positions is None or fc1 is None or fc2 is None or fc2.shape[1] != len(fc1):
         return Architecture(hint=f"{told}, and the rest is of rotary positions, gated MLPs or a stem, or renamed")
     if any(name in encoder for name in of_another) or any(name.startswith("patch_embed.backbone") for name in encoder):
         return Architecture(hint=f"{told}, and rotary positions or a convolutional stem")
@@ -112,7 +114,7 @@ def _swin(encoder: dict[str, Tensor], buffers: dict[str, Tensor]) -> Architectur
     per_head = [encoder.get(f"layers.{s}.blocks.0{'.attn.logit_scale' if is_v2 else TABLE}") for s in range(stages)]
     windows = [_window(encoder, buffers, s) for s in range(stages)]
     fc1 = encoder.get("layers.0.blocks.0.mlp.fc1.weight")
-    if fc1 is None or patches.ndim != 4 or any(x is None for x in per_head) or not stages:
+    if fc1 is None or any(x is None for x in per_head) or not stages:
         return Architecture(hint=told)
     if any(window is None for window in windows):
         return Architecture(hint=f"{told}, whose windows are told by nothing in it")

@@ -212,13 +212,13 @@ def load_decoder(autoencoder: MaskedAutoencoder, weights: Weights) -> str:
             f"units of {len(given['decoder.pred.weight'])} values"
         )
     autoencoder.load_state_dict({**wanted, **given})
-    note = ""
+    note = "".join(f"; {note}" for note in weights.decoder.notes)
     own = getattr(autoencoder.decoder, "pos_embed", None)
     if positions is not None and own is not None:
         if positions.shape == own.shape:
             own.copy_(positions)
         else:
-            note = f"; its positions made anew for {own.shape[1]} tokens, it had {positions.shape[1]}"
+            note += f"; its positions made anew for {own.shape[1]} tokens, it had {positions.shape[1]}"
     return f"{len(given)} of {len(names)} decoder tensors loaded{note}"
 
 

@@ -176,7 +176,9 @@ def _decoder(found: Found) -> DecoderWeights | None:
         num_heads=max(1, width // 32),  # MAE's are 32 wide, and heads leave no trace in the tensors
         mlp_ratio=4.0 if fc1 is None else len(fc1) / width,
     )
-    notes = ("predicts normalized pixels, as MAE's files for fine-tuning do; those for pictures predict plain ones",)
+    notes = (
+        "whether it predicts normalized pixels or, as MAE's files for pictures, plain ones is told by nothing in it",
+    )
     return DecoderWeights(found.decoder, config, notes=notes)
 
 
@@ -210,6 +212,8 @@ def _read_state(run_dir: Path) -> Weights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         found = recognise(tensors)
+        if not found.decoder:
+            raise InputError("no run of pretraining has saved it")
         options = {key: config[key] for key in ("target", "loss", "encode_masked", "pca_components")}
         decoder = DecoderWeights(found.decoder, DecoderConfig(**config["decoder"]), **options)
     except (SafetensorError, OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, InputError) as error:
