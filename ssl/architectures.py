@@ -18,7 +18,7 @@ VITS = {
     (1664, 48, 8192): ("vit_gigantic_patch14_224", 14, 16),
 }
 # ... and Swins by (width, blocks of the stages): size in the name, attention heads of the stages.
-SWINS = {
+SWINS: dict[tuple[int, tuple[int, ...]], tuple[str, list[int]]] = {
     (96, (2, 2, 6, 2)): ("tiny", [3, 6, 12, 24]),
     (96, (2, 2, 18, 2)): ("small", [3, 6, 12, 24]),
     (128, (2, 2, 18, 2)): ("base", [4, 8, 16, 32]),

@@ -75,7 +75,8 @@ def _write_checked(partial: Path, model: Any, spec: ModelSpec, facts: dict[str, 
     """Writes the file, and loads it into timm's own model without any help. Raises InputError if that fails."""
     export_weights(partial, model, spec, facts)
     try:
-        plain = timm.create_model(spec.name, **({"num_classes": 0} | spec.timm_args()))
+        args: dict[str, Any] = {"num_classes": 0, **spec.timm_args()}
+        plain = timm.create_model(spec.name, **args)
         plain.load_state_dict(load_file(partial), strict=True)
     except (RuntimeError, TypeError) as error:
         why = " ".join(str(error).split())[:300]

@@ -4,6 +4,7 @@ transformers itself is not needed, and none of a folder's code is run.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,13 @@ def with_config(guess: Architecture, config: dict[str, Any]) -> tuple[Architectu
         raise InputError("this Swin has absolute positions, which timm's Swin lacks")
     args, notes = dict(guess.args), []
     if _is_size(config.get("image_size")):
-        args["img_size"] = list(pair(config["image_size"]))
+        size, patch = pair(config["image_size"]), config.get("patch_size", 1)
+        told = args.get("img_size", size)
+        if "window_size" not in config and isinstance(patch, int) and _patches(size, patch) != _patches(told, patch):
+            raise InputError(
+                f"its image_size {size[0]} x {size[1]} is not that of its positions, {told[0]} x {told[1]}"
+            )
+        args["img_size"] = list(size)
     heads = config.get("num_attention_heads")
     if isinstance(heads, int) and not isinstance(heads, bool):
         args["num_heads"] = heads
@@ -148,6 +155,10 @@ def class_names(config: dict[str, Any]) -> list[str] | None:
     except ValueError:
         return None
     return None if all(x == f"LABEL_{i}" for i, x in enumerate(names)) else names
+
+
+def _patches(size: Sequence[int], patch: int) -> int:
+    return (size[0] // patch) * (size[1] // patch)
 
 
 def _is_size(value: Any) -> bool:

@@ -89,6 +89,8 @@ def recognise(tensors: Tensors, merge_order: MergeOrder | None = None) -> Found:
     for name, why in UNSUPPORTED.items():
         if name in found.encoder:
             raise InputError(why)
+    if merge_order is not None and found.kind != "greenmim":
+        raise InputError(f"is {KINDS[found.kind]}: merge_order is for GreenMIM only, leave it null")
     return found
 
 
@@ -176,8 +178,6 @@ def _swin(inner: Tensors, outer: Tensors, merge_order: MergeOrder | None) -> Fou
         found.kind, found.unused = "simmim", [*found.unused, "mask_token"]
     elif is_original:
         found.kind = "swinv2" if is_v2 else "swin"
-    if merge_order is not None and found.kind != "greenmim":
-        raise InputError(f"is {KINDS[found.kind]}: merge_order is for GreenMIM only, leave it null")
     return found
 
 

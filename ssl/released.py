@@ -202,14 +202,14 @@ def load_decoder(autoencoder: MaskedAutoencoder, weights: Weights) -> str:
     wrong = [name for name in names if name not in given or given[name].shape != wanted[name].shape]
     wrong += [name for name in given if name not in names]
     if wrong:
-        config = weights.decoder.config
+        config, pred = weights.decoder.config, given.get("decoder.pred.bias", ())
         sizes = (
             f"decoder.embed_dim {config.embed_dim}, decoder.depth {config.depth}, " if config.name != "linear" else ""
         )
         raise InputError(
             f"init {weights.source}: its decoder does not fit ({', '.join(wrong[:3])}{', ...' * (len(wrong) > 3)}): it "
             f"is of decoder.name {config.name}, {sizes}encode_masked {str(weights.decoder.encode_masked).lower()} and "
-            f"units of {len(given['decoder.pred.weight'])} values"
+            f"units of {len(pred)} values"
         )
     autoencoder.load_state_dict({**wanted, **given})
     note = "".join(f"; {note}" for note in weights.decoder.notes)

@@ -197,7 +197,7 @@ def changed(folder: Path, **values: Any) -> None:
         ({"hidden_act": "relu"}, "hidden_act is relu, and timm's model has gelu"),
         ({"model_type": "bert"}, "a transformers model of type bert; these load: vit_mae, vit"),
         ({"num_attention_heads": 5}, "timm cannot build vit_base_patch16_224 .*num_heads"),
-        ({"image_size": 64}, "did not load|positions"),
+        ({"image_size": 64}, "its image_size 64 x 64 is not that of its positions, 32 x 32"),
     ],
 )
 def test_a_folder_that_says_what_cannot_be_is_refused(tmp_path, values, said):
