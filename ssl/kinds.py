@@ -90,7 +90,7 @@ def recognise(tensors: Tensors, merge_order: MergeOrder | None = None) -> Found:
         if name in found.encoder:
             raise InputError(why)
     if merge_order is not None and found.kind != "greenmim":
-        raise InputError(f"is {KINDS[found.kind]}: merge_order is for GreenMIM only, leave it null")
+        raise InputError(f"is of kind {found.kind}, and merge_order is for GreenMIM only: leave it null")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY_PRETRAIN
+from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from quarterlight.ssl.config import ConvertConfig, EncoderConfig
 from quarterlight.ssl.convert import convert
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.released import load_autoencoder, load_encoder
+from quarterlight.ssl.released import load_encoder
 from quarterlight.ssl.weights import read_weights
 
 
@@ -103,20 +103,6 @@ def test_what_cannot_be_converted_is_refused(tmp_path, init, out, said):
     assert (tmp_path / "there.safetensors").read_bytes() == b"precious" and not (tmp_path / "y.safetensors").exists()
     args = EncoderConfig(args={"num_heads": 3})
     convert(str(tmp_path / "narrow.safetensors"), str(tmp_path / "z.safetensors"), ConvertConfig(encoder=args))
-
-
-def test_pretraining_goes_on_from_a_full_file_and_its_run_is_an_autoencoder(tmp_path, shards, launch):
-    model = mae()
-    source = saved(tmp_path / "x.pth", {"model": in_maes_layout(model)})
-    options = {key: value for key, value in TINY_PRETRAIN.items() if not key.startswith(("encoder", "decoder"))}
-    options |= {"data.train": shards[0], "init": source, "init_decoder": "true", "data.img_size": "32"}
-    options |= {"steps": "1", "optim.base_lr": "0", "optim.warmup_steps": "0"}
-    decoder = "{embed_dim: 64, depth: 2, num_heads: 2}"
-    done = launch("pretrain.py", options | {"decoder": decoder, "run_dir": str(tmp_path / "run")})
-    assert "30 of 30 encoder tensors loaded" in done.stdout and "31 of 31 decoder tensors loaded" in done.stdout
-    found = load_autoencoder(str(tmp_path / "run"))  # at a learning rate of 0 as it came
-    masking, x = model.encoder.sample_masking(2), torch.randn(2, 3, 32, 32)
-    assert torch.equal(found(x, masking).loss, model(x, masking).loss)
 
 
 def test_the_transform_is_torchvisions_evaluation(tmp_path):
