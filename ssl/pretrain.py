@@ -167,6 +167,9 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
         if opened.weights is None:
             raise InputError("init_decoder takes the decoder from --init, which is not given")
         report = f"{report}\n{load_decoder(autoencoder, opened.weights)}"
+        known = opened.weights.decoder
+        if known is not None and not known.notes and (known.target, known.loss) != (config.target, config.loss):
+            report = f"{report}; trained for target {known.target} and loss {known.loss}, which are now others"
     return autoencoder, spec, report
 
 
