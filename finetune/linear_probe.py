@@ -17,7 +17,7 @@ from quarterlight.ssl.files import write_json
 from quarterlight.ssl.index import refuse_damage
 from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.randoms import hashes
-from quarterlight.ssl.released import load_encoder
+from quarterlight.ssl.released import encoder_with_weights
 from quarterlight.ssl.runs import write_run_files
 from quarterlight.ssl.stage import open_stage
 
@@ -115,7 +115,7 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
         raise InputError("data.val is not given: a probe is evaluated on shards of its own")
     num_classes = classes_of(opened.train, opened.val, None)
     torch.manual_seed(config.seed)
-    encoder, report = load_encoder(spec, opened.weights)
+    encoder, report = encoder_with_weights(spec, opened.weights)
     encoder.eval().to(accelerator.device)
     choose_attention(encoder, accelerator.device, config.precision)
     normalize = Normalize(spec.mean, spec.std).to(accelerator.device)

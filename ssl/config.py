@@ -146,6 +146,8 @@ class RunConfig:
     """Which images, and how they are cropped."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Which timm model encodes the images."""
+    allow_partial: bool = False
+    """Take weights in --init that lack some of the encoder's tensors, which then start afresh. false: refuse them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,10 @@ class PretrainConfig(StageConfig):
     """Masked-autoencoder pretraining."""
 
     init: str | None = None
-    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:; null: none."""
+    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:; null: none. What
+    loads is told in docs/weights.md."""
+    init_decoder: bool = False
+    """Start the decoder from --init as well: a full MAE or SimMIM file, a Hugging Face folder, or a run with states."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """Which units of an image are hidden from the encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -208,6 +213,26 @@ class PretrainConfig(StageConfig):
     """Whether pretraining changes them. null: yes with positions learned, else no (those of --init neither)."""
     picture_every_steps: int = 1000
     """Steps between two pictures of reconstructions; 0: only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """How released weights become a file of this project."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Which timm model the weights are of, where they do not say."""
+    in_chans: int | None = None
+    """Channels of the images. null: what the weights say."""
+    mean: tuple[float, ...] | None = None
+    """Channel means that the weights expect; null: what they say, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations that the weights expect; null: what they say, else ImageNet's."""
+    head: bool = True
+    """Keep a classifier's head, where there is one: the file then is a classifier. false: the encoder only."""
+    merge_order: Literal["swin", "greenmim2022"] | None = None
+    """For GreenMIM only: greenmim2022 for files released in May 2022, swin for those trained with code since 2023."""
+    allow_partial: bool = False
+    """Take weights that lack some of the encoder's tensors, which then have initial values. false: refuse them."""
 
 
 def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int, batch_size: int) -> int:

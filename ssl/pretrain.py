@@ -27,7 +27,7 @@ from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
 from .recompute import checkpoint_blocks
-from .released import load_encoder
+from .released import encoder_with_weights, load_decoder
 from .runs import write_result, write_run_files
 from .sharding import Whole, block_names
 from .signals import StopSignals
@@ -65,7 +65,7 @@ class PretrainTask(Task):
 
 def pretrain(config: PretrainConfig) -> Figures:
     """Runs pretraining to its end and leaves weights, hub folder, picture and figures in the run folder."""
-    opened = open_stage(config, config.init)
+    opened = open_stage(config, config.init, with_decoder=config.init_decoder)
     accelerator, run_dir = opened.accelerator, opened.run_dir
     autoencoder, spec, report = _build(config, opened)
     encoder = autoencoder.encoder
@@ -142,7 +142,7 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
     if config.positions == "none":
         spec = replace(spec, args=spec.args | {"pos_embed": "none"})
     try:
-        encoder, report = load_encoder(spec, opened.weights)
+        encoder, report = encoder_with_weights(spec, opened.weights)
     except InputError as error:
         if config.positions == "none" and "pos_embed" in str(error):
             raise InputError(f"positions none: {spec.name} has no absolute positions to leave out") from error
@@ -163,6 +163,13 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
         pred_share=config.pred_share,
         encode_masked=config.encode_masked,
     )
+    if config.init_decoder:
+        if opened.weights is None:
+            raise InputError("init_decoder takes the decoder from --init, which is not given")
+        report = f"{report}\n{load_decoder(autoencoder, opened.weights)}"
+        known = opened.weights.decoder
+        if known is not None and not known.notes and (known.target, known.loss) != (config.target, config.loss):
+            report = f"{report}; trained for target {known.target} and loss {known.loss}, which are now others"
     return autoencoder, spec, report
 
 

@@ -22,7 +22,7 @@ from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.entries import ShardEntries
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex
-from quarterlight.ssl.released import load_encoder, read_weights
+from quarterlight.ssl.released import encoder_with_weights, read_weights
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -167,7 +167,7 @@ def test_the_best_classifier_of_an_attempt_that_saved_no_state_is_forgotten(
 def test_a_fine_tuning_run_serves_as_init(finetuned):
     weights = read_weights(str(finetuned))
     assert weights.source.endswith("classifier.safetensors")
-    encoder, report = load_encoder(weights.spec, weights)
+    encoder, report = encoder_with_weights(weights.spec, weights)
     assert "encoder tensors loaded" in report and encoder.timm.num_classes == 0
     wanted = load_file(finetuned / "classifier.safetensors")
     assert torch.equal(encoder.timm.blocks[1].mlp.fc1.weight, wanted["blocks.1.mlp.fc1.weight"])

@@ -17,7 +17,7 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec, export_hub, export_weights
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.relative_tables import resize_table
-from quarterlight.ssl.released import Weights, encoder_spec, load_encoder, read_weights
+from quarterlight.ssl.released import Weights, encoder_spec, encoder_with_weights, read_weights
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": [32, 32], "in_chans": 3, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -129,7 +129,7 @@ def test_the_spec_builds_the_classifier_again_without_drop_path(weights: Weights
 def test_positions_are_resized_to_the_image_size_of_the_spec(weights: Weights, pool: str):
     spec = ModelSpec(NAME, ARGS | {"img_size": [48, 40]}, SPEC.mean, SPEC.std)
     model, _, report = build_classifier(spec, weights, num_classes=10, pool=pool, drop_path=0.0)
-    encoder, _ = load_encoder(spec, weights)
+    encoder, _ = encoder_with_weights(spec, weights)
     torch.testing.assert_close(model.pos_embed, encoder.timm.pos_embed, rtol=0, atol=0)
     assert "positions resized from 4 x 4 to 6 x 5 patches" in report
 
@@ -173,7 +173,7 @@ def test_timm_loads_an_exported_classifier_with_the_same_logits(weights: Weights
 def test_a_classifier_serves_as_an_encoder_without_its_head(weights: Weights, tmp_path: Path, pool: str, exported: str):
     model = fine_tuned(weights, pool, tmp_path)
     found = read_weights(str(tmp_path / exported))
-    encoder, _ = load_encoder(encoder_spec(EncoderConfig(), DATA, found), found)
+    encoder, _ = encoder_with_weights(encoder_spec(EncoderConfig(), DATA, found), found)
     torch.testing.assert_close(encoder.eval()(IMAGES), model.forward_features(IMAGES), rtol=0, atol=1e-6)
     assert encoder.timm.num_classes == 0
 
@@ -233,7 +233,7 @@ def test_a_swins_classifier_has_the_encoders_weights_and_pools_its_tokens(kind: 
     assert report == f"x: {len(weights.tensors)} of {len(weights.tensors)} encoder tensors loaded"
     assert 1e-5 < model.head.fc.weight.std() < 3e-5 and not model.head.fc.bias.any()
     nn.init.normal_(model.head.fc.weight)
-    encoder, _ = load_encoder(swin_spec(kind), weights)
+    encoder, _ = encoder_with_weights(swin_spec(kind), weights)
     logits = encoder(SWIN_IMAGES).mean(dim=1) @ model.head.fc.weight.T
     torch.testing.assert_close(model.eval()(SWIN_IMAGES), logits, rtol=0, atol=1e-5)
     again = timm.create_model(spec.name, **spec.args).eval()
