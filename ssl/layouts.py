@@ -1,12 +1,12 @@
 """The same tensors under others' names: Hugging Face's transformers and facebookresearch/mae, and back.
 
-A layout is a table of pairs, ours and theirs; both ways of renaming follow from it. A name stands for itself and for what
-ends in `.weight` or `.bias` behind it, `{}` for a number, `{-1}` for the number before it. Where theirs are several
-names, ours is cut into as many equal parts along the first axis (queries, keys and values); a part that they do without
-is None: left out on the way there, zeros on the way back.
+A layout is a table of pairs, ours and theirs; both ways of renaming follow from it. A name stands for itself and for
+what ends in `.weight` or `.bias` behind it, `{}` for a number, `{-1}` for the number before it. Where theirs are
+several names, ours is cut into as many equal parts along the first axis (queries, keys and values); a part that they
+do without is None: left out on the way there, zeros on the way back.
 
-Hugging Face's names are those of its published files, which every version of transformers reads; version 5 has others in
-memory.
+Hugging Face's names are those of its published files, which every version of transformers reads; in memory version 5
+has others.
 """
 
 import re
@@ -56,7 +56,9 @@ class Layout:
             some = next(iter(given.values()))
             wanted = {i for i, part in enumerate(theirs) if part is not None}
             if wanted != given.keys():
-                raise InputError(f"{target} is not whole in {self.title}: {len(given)} of {len(wanted)} parts are there")
+                raise InputError(
+                    f"{target} is not whole in {self.title}: {len(given)} of {len(wanted)} parts are there"
+                )
             found[target] = torch.cat([given.get(i, torch.zeros_like(some)) for i in range(len(theirs))])
         return found
 
