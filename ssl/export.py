@@ -17,11 +17,6 @@ from .runs import environment
 ENCODER_FILE, CLASSIFIER_FILE = "encoder.safetensors", "classifier.safetensors"
 ENCODER_EMA_FILE, CLASSIFIER_EMA_FILE = "encoder_ema.safetensors", "classifier_ema.safetensors"
 
-TIMM_USAGE = """
-import timm
-model = timm.create_model("local-dir:.", pretrained=True)  # or hf-hub:OWNER/NAME
-"""
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -62,10 +57,12 @@ def export_hub(
     labels: list[str] | None = None,
     story: Story | None = None,
     crop_pct: float | None = None,
+    where: str = "local-dir:.",
 ) -> None:
     """Writes a folder that `timm.create_model("local-dir:PATH", pretrained=True)` and the Hugging Face Hub read.
 
-    It names no license in its card, and "other" where timm would repeat that of the weights it knows.
+    `where` is what its card tells to load. The card names no license, and the config "other", where timm would repeat
+    that of the weights it knows.
     """
     pretrained_cfg = {
         "tag": "quarterlight",  # timm would otherwise copy tag and license of the weights it knows under this name
@@ -98,7 +95,7 @@ def export_hub(
         card = model_card(
             title,
             described(spec),
-            usage=TIMM_USAGE,
+            usage=f'import timm\nmodel = timm.create_model("{where}", pretrained=True)',
             library="timm",
             tags=["image-classification" if model.num_classes else "image-feature-extraction", "timm"],
             facts=facts,

@@ -5,23 +5,22 @@ Written without transformers: names of tensors are `layouts`, the rest is config
 """
 
 import importlib.util
+import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU
+from timm.layers import GELU, GELUTanh, QuickGELU
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .decoder import TransformerDecoder
-from .encoders import wrap
 from .errors import InputError
 from .export import ModelSpec
-from .hybrid import HybridEncoder
+from .files import write_tensors
 from .layouts import (
     HF_BEIT_CLASSIFIER,
     HF_SWIN,
@@ -36,9 +35,9 @@ from .layouts import (
 from .mae import MaskedAutoencoder
 from .masking import random_masking
 from .patches import pair
-from .targets import NormPixTarget, PixelTarget
+from .plain_vit import WAY_OUT, eps_of, refuse_unusual_autoencoder, refuse_unusual_vit, with_positions
+from .targets import NormPixTarget
 
-WAY_OUT = "use --to timm (transformers loads that too, where timm is installed: AutoModel and TimmWrapperModel)"
 ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", QuickGELU: "quick_gelu", GELUTanh: "gelu_pytorch_tanh"}
 
 
@@ -76,7 +75,7 @@ def hf_autoencoder(autoencoder: MaskedAutoencoder, mask_ratio: float) -> HFModel
     vit: Any = autoencoder.encoder.timm
     config = _vit_sizes(vit)
     decoder: Any = autoencoder.decoder
-    if _eps(vit) != _eps(decoder) or not config["qkv_bias"]:
+    if eps_of(vit) != eps_of(decoder) or not config["qkv_bias"]:
         raise InputError(
             "transformers' ViTMAE has layer norms of one eps, and queries, keys and values with biases, in encoder and "
             "decoder: use --part encoder"
@@ -95,10 +94,15 @@ def hf_autoencoder(autoencoder: MaskedAutoencoder, mask_ratio: float) -> HFModel
     return HFModel(_renamed(HF_VIT_MAE, with_positions(autoencoder)), config)
 
 
-def with_positions(autoencoder: MaskedAutoencoder) -> dict[str, Tensor]:
-    """Returns the state dict of an autoencoder with the decoder's fixed positions, which others save."""
-    positions: Any = autoencoder.decoder.pos_embed
-    return {**autoencoder.state_dict(), "decoder.pos_embed": positions}
+def write_folder(folder: Path, model: HFModel, spec: ModelSpec, crop_pct: float) -> None:
+    """Writes model.safetensors, config.json and preprocessor_config.json into an existing folder."""
+    dtype = next(iter(model.tensors.values())).dtype
+    config = model.config | {"dtype": str(dtype).removeprefix("torch.")}
+    write_tensors(folder / "model.safetensors", model.tensors, {"format": "pt"})
+    size = pair(config["image_size"])
+    for name, content in (("config", config), ("preprocessor_config", image_processor(spec, size, crop_pct))):
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def _renamed(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,57 +111,6 @@ def _renamed(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     except InputError as error:
         raise InputError(f"{error}: {WAY_OUT}") from error
     return {name: tensor.contiguous() for name, tensor in renamed.items()}
-
-
-def refuse_unusual_vit(vit: Any, target: str) -> None:
-    """Raises InputError unless a model is the plain ViT that others have: one class token, learned or fixed positions.
-
-    `target` is who cannot express it.
-    """
-    if isinstance(vit, SwinTransformer | SwinTransformerV2):
-        reason: str | None = "is a Swin"
-    elif type(vit) is not VisionTransformer:
-        reason = "has rotary positions" if getattr(vit, "rope", None) is not None else f"is a {type(vit).__name__}"
-    elif isinstance(wrap(vit, target), HybridEncoder):
-        reason = "has a convolutional stem"
-    else:
-        block: Any = vit.blocks[0]
-        odd = {
-            "has register tokens": vit.reg_token is not None,
-            "has no class token": vit.cls_token is None,
-            "has no absolute positions": vit.pos_embed is None,
-            "gives its class token no position": vit.no_embed_class,
-            "has a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),
-            "scales its layers (LayerScale)": not isinstance(getattr(block, "ls1", None), nn.Identity),
-            "normalizes queries and keys": not isinstance(getattr(block.attn, "q_norm", None), nn.Identity),
-            "has another MLP": type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity),
-            "pools by attention": vit.attn_pool is not None,
-            "has layer norms of several eps": _eps(vit) is None,
-        }
-        reason = next((text for text, found in odd.items() if found), None)
-    if reason is not None:
-        way_out = WAY_OUT if target == "transformers" else "use --to timm"
-        raise InputError(f"{target} has no such model: this one {reason}; {way_out}")
-
-
-def refuse_unusual_autoencoder(autoencoder: MaskedAutoencoder, target: str) -> None:
-    """Raises InputError unless an autoencoder is MAE's: a plain ViT and decoder, pixels to predict, square images."""
-    encoder = autoencoder.encoder
-    refuse_unusual_vit(encoder.timm, target)
-    odd = {
-        "a decoder of another kind than transformer": not isinstance(autoencoder.decoder, TransformerDecoder),
-        "mask tokens in the encoder": autoencoder.mask_token is not None,
-        "a target other than pixels or norm_pix": type(autoencoder.target) not in (PixelTarget, NormPixTarget),
-        "images that are not square": encoder.grid[0] != encoder.grid[1],
-    }
-    if reason := next((text for text, found in odd.items() if found), None):
-        raise InputError(f"{target} has no autoencoder with {reason}: use --part encoder")
-
-
-def _eps(model: nn.Module) -> float | None:
-    """Returns the eps of a model's layer norms, None if they differ."""
-    found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
-    return found.pop() if len(found) == 1 else None
 
 
 def _side(size: Iterable[int] | int) -> int | list[int]:
@@ -177,7 +130,7 @@ def _shared(model: Any, block: Any) -> dict[str, Any]:
         "hidden_act": activation,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": _eps(model),
+        "layer_norm_eps": eps_of(model),
     }
 
 
@@ -278,7 +231,7 @@ def image_processor(spec: ModelSpec, size: tuple[int, int], crop_pct: float) -> 
 
 
 @torch.no_grad()
-def largest_difference(folder: str, model: Any, images: Float[Tensor, "B C H W"]) -> float | None:
+def largest_difference(folder: Path, model: Any, images: Float[Tensor, "B C H W"]) -> float | None:
     """Returns how far transformers' outputs of the folder's model are from ours, in units of our largest one.
 
     None where transformers is not installed. Raises InputError when it misses tensors or has others.
@@ -288,11 +241,11 @@ def largest_difference(folder: str, model: Any, images: Float[Tensor, "B C H W"]
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(str(folder))
     name = config.architectures[0]
     more = {"add_pooling_layer": False} if name.endswith("Model") else {}
     theirs, info = getattr(transformers, name).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **more
+        str(folder), dtype=torch.float32, output_loading_info=True, **more
     )
     if wrong := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
         raise InputError(

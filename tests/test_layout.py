@@ -86,13 +86,33 @@ ORDER = [
     "incidents",
     "task",
     "engine",
+    "model_card",
     "export",
     "released",
+    "export_config",
+    "layouts",
+    "plain_vit",
+    "hugging_face",
+    "graphs",
+    "half",
+    "hub",
     "stage",
     "pictures",
     "pretrain",
 ]
-FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+FINETUNE_ORDER = [
+    "config",
+    "evaluate",
+    "heads",
+    "mixing",
+    "features",
+    "knn",
+    "classify",
+    "linear_probe",
+    "release",
+    "usage",
+    "publish",
+]
 
 
 def files(folder: str) -> list[Path]:
