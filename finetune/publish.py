@@ -67,7 +67,7 @@ def publish(source: str, out: str, config: ExportConfig) -> dict[str, float | No
     print(
         f"not checked: {library} is not installed"
         if difference is None
-        else f"checked by {library}: {difference:.1e} of the largest output is the largest difference",
+        else f"checked by {library}: outputs differ by at most {difference:.1e} of the largest one",
         flush=True,
     )
     print(f"done: {path} ({_size(path) / 1e6:.1f} MB)", flush=True)

@@ -47,9 +47,9 @@ class Release:
     @property
     def title(self) -> str:
         """What it is, in a line."""
-        made = {"encoder": "pretrained as", "autoencoder": "decoder included, pretrained as"}
-        how = "with a classification head" if self.kind == "classifier" else f"{made[self.kind]} a masked autoencoder"
-        return f"{self.spec.name}, {how}"
+        what = {"encoder": "", "classifier": ", with a classification head", "autoencoder": ", decoder included"}
+        pretrained = ", pretrained as a masked autoencoder" if self.facts.get("stage") == "pretraining" else ""
+        return f"{self.spec.name}{pretrained}{what[self.kind]}"
 
     def with_half(self, model: Any, half: str, moved: float) -> "Release":
         """Returns the same with a model whose weights have two bytes, and what that does to its outputs as a fact."""
@@ -163,7 +163,7 @@ def _facts(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except SafetensorError:  # it has been read a moment ago
         return {}
-    return {key: _value(text) for key, text in metadata.items() if key not in OF_THE_MODEL}
+    return {key: _value(text) for key, text in sorted(metadata.items()) if key not in OF_THE_MODEL}
 
 
 def _value(text: str) -> Any:

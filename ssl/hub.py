@@ -16,7 +16,7 @@ def check_push(repository: str) -> None:
         raise InputError(f"push is {repository}: it must be OWNER/NAME, as in hf.co/OWNER/NAME")
     if get_token() is None:
         raise InputError(
-            f"push {repository}: there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN to one that may write"
+            f"push {repository}: no Hugging Face token is set: `hf auth login`, or HF_TOKEN, gives one that may write"
         )
 
 

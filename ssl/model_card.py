@@ -44,6 +44,8 @@ def read_story(run_dir: Path) -> Story:
     for key in PLACES:
         group = data if key.startswith("data.") else config
         group.pop(key.removeprefix("data."), None)
+    images = _mapping(run_dir / "environment.json").get("train_samples")
+    named += [f"{images} training images"] if images else []
     figures = {key: value for key, value in result.items() if key not in PASSING | {"command", "finished"}}
     return Story(named, config, figures)
 
@@ -63,9 +65,10 @@ def model_card(
 
     `made_of` is a sentence on architecture and preprocessing, `usage` a snippet of Python.
     """
-    facts = {key: value for key, value in facts.items() if key not in PASSING}
+    facts = {key: value for key, value in facts.items() if key not in PASSING | story.figures.keys()}
+    ours = ["masked-autoencoder"] if "stage" in facts else []
     parts = [
-        f"---\nlibrary_name: {library}\ntags: [{', '.join([*tags, 'masked-autoencoder'])}]\n---",
+        f"---\nlibrary_name: {library}\ntags: [{', '.join([*tags, *ours])}]\n---",
         f"# {title}\n\n{made_of}",
         f"```python\n{usage.strip()}\n```",
         _table("fact", facts),
