@@ -33,7 +33,8 @@ def push_files(repository: str, files: dict[str, Path | bytes], *, private: bool
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.create_commit(repository, operations, commit_message=message)
     except Exception as error:  # of the Hub, of its client and of the network
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        said = re.sub(r"For more information check: \S+", "", str(error))
+        reason = " ".join(said.split())[:300] or type(error).__name__
         raise InputError(
             f"push {repository}: the Hub did not take it ({reason}): what was written here is whole"
         ) from error

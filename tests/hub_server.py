@@ -11,6 +11,8 @@ import json
 import re
 import threading
 
+import yaml
+
 COMMIT = "0" * 39 + "1"
 LARGE = (".safetensors", ".onnx", ".pth", ".pt2")
 TOKEN = "hf_standin"
@@ -59,6 +61,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             self.hub.private.setdefault(name, bool(asked.get("private")))
             return self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        if self.path == "/api/validate-yaml":
+            header = json.loads(body)["content"].split("---")[1]
+            wrong = [] if isinstance(yaml.safe_load(header), dict) else [{"message": "no mapping"}]
+            return self._json({"errors": wrong, "warnings": []}, 400 if wrong else 200)
         if match := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
             modes = [
                 {
