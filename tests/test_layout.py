@@ -87,6 +87,7 @@ ORDER = [
     "incidents",
     "task",
     "engine",
+    "model_card",
     "export",
     "pickles",
     "renaming",
@@ -98,6 +99,13 @@ ORDER = [
     "relative_tables",
     "released",
     "convert",
+    "export_config",
+    "layouts",
+    "plain_vit",
+    "hugging_face",
+    "graphs",
+    "half",
+    "hub",
     "stage",
     "pictures",
     "pretrain",
@@ -115,6 +123,9 @@ FINETUNE_ORDER = [
     "knn",
     "classify",
     "linear_probe",
+    "release",
+    "usage",
+    "publish",
 ]
 
 
