@@ -65,6 +65,9 @@ ORDER = [
     "window_groups",
     "swin",
     "encoders",
+    "pooling",
+    "knn",
+    "ridge",
     "targets",
     "decoder",
     "mae",
@@ -90,9 +93,20 @@ ORDER = [
     "released",
     "stage",
     "pictures",
+    "online_probe",
     "pretrain",
 ]
-FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+FINETUNE_ORDER = [
+    "config",
+    "evaluate",
+    "heads",
+    "mixing",
+    "intervals",
+    "features",
+    "classify",
+    "probe_grid",
+    "linear_probe",
+]
 
 
 def files(folder: str) -> list[Path]:
