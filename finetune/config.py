@@ -74,6 +74,8 @@ class LinearProbeConfig(RunConfig):
     """Features in one step of the linear classifiers."""
     base_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Learning rates for 256 features a step; classifiers are trained with each, all in one pass."""
+    weight_decay: float = 0.0
+    """Penalty w / 2 * |weight|^2 on every classifier, as the C of a logistic regression: 1 / (w * images)."""
     inputs: tuple[Literal["avg", "token", "both", "last4", "last4_avg"], ...] = (
         "avg", "token", "both", "last4", "last4_avg",
     )  # fmt: skip

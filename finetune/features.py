@@ -5,10 +5,11 @@ Row i of a table belongs to the sample at position i: `samples.index.key(samples
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -52,23 +53,29 @@ class FeatureTable:
     @property
     def names(self) -> list[str]:
         """What features there are."""
-        with safe_open(self.paths[0], framework="pt") as file:
+        with _opened(self.paths[0]) as file:
             return sorted(name for name in file.keys() if name != "labels")  # noqa: SIM118  # not a dictionary
 
     def _column(self, name: str) -> Tensor:
         """Reads one column, chunk after chunk, so that it is in memory once."""
         column, filled = torch.empty(0), 0
         for path in self.paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    part = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} cannot be read ({error}): delete it, to compute it again") from error
+            with _opened(path) as file:
+                part = file.get_tensor(name)
             if not filled:
                 column = torch.empty(self.count, *part.shape[1:], dtype=part.dtype)
             column[filled : filled + len(part)] = part
             filled += len(part)
         return column
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it, to compute it again") from error
 
 
 def extract(

@@ -5,7 +5,7 @@ import math
 Z95 = 1.959963984540054  # a normal variable lies within so many standard deviations of its mean in 95 of 100 cases
 
 
-def wilson(right: float, count: int, z: float = Z95) -> tuple[float, float]:
+def wilson(right: int | float, count: int, z: float = Z95) -> tuple[float, float]:
     """Returns the interval, in percent, that holds the accuracy of which `right` of `count` images are a sample.
 
     Wilson's score interval (1927), of 95 % by default: unlike the normal one it stays inside 0 to 100 and holds for few

@@ -33,7 +33,7 @@ from .features import FeatureTable, extract_table
 from .intervals import wilson
 from .probe_grid import Columns, View, grid_accuracy, inputs_of, train_grids
 
-Labelled = tuple[Features, Int[Tensor, " n"]]
+Labelled = tuple[Features, Int[Tensor, " _"]]  # features and class numbers of images
 
 
 class Probe(NamedTuple):
@@ -185,7 +185,7 @@ def probe_features(
     columns, val_columns = Columns(features, accelerator.device), Columns(val_features, accelerator.device)
     grids = train_grids(
         columns, labels, rest, inputs, num_classes=num_classes, base_lrs=config.base_lrs, epochs=config.epochs,
-        batch_size=config.batch_size, seed=config.seed, pause=pause,
+        batch_size=config.batch_size, seed=config.seed, weight_decay=config.weight_decay, pause=pause,
     )  # fmt: skip
     mine: list[Probe] = []
     for view, grid in grids.items():

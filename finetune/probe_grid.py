@@ -87,12 +87,15 @@ def train_grids(
     epochs: int,
     batch_size: int,
     seed: int,
+    weight_decay: float = 0.0,
     pause: Callable[[], None] = lambda: None,
 ) -> dict[View, HeadGrid]:
-    """Returns classifiers of the images `ids` for each view, trained by SGD (momentum 0.9, no weight decay).
+    """Returns classifiers of the images `ids` for each view, trained by SGD (momentum 0.9).
 
     The rate of each falls along a cosine from base_lr * batch_size / 256, as in DINOv2's linear evaluation. All see the
-    same batches, and none depends on which others there are. `pause` is called every PAUSE_STEPS steps.
+    same batches, and none depends on which others there are. With `weight_decay` w each minimizes its mean
+    cross-entropy + w / 2 * |weight|^2: scikit-learn's LogisticRegression(C=1 / (w * images)). `pause` is called every
+    PAUSE_STEPS steps.
 
     Differs from MAE: features come from one center crop, so that they are computed once, and the optimizer is SGD
     instead of LARS with batches of 16384, which the paper reports to work similarly. train_probe.py has MAE's protocol.
@@ -125,6 +128,8 @@ def train_grids(
         for view, names in inputs.items():
             logits = grids[view](_side_by_side(rows, names)).flatten(0, 1)  # [B * count, classes]
             losses = F.cross_entropy(logits, targets, reduction="none").view(-1, len(base_lrs)).mean(dim=0)
+            if weight_decay > 0:
+                losses = losses + weight_decay / 2 * grids[view].weight.square().sum(dim=(1, 2))
             (losses * rates).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

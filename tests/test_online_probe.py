@@ -94,8 +94,9 @@ def test_figures_are_those_of_scikit_learn_on_the_released_encoder(shards, with_
     votes = {"weights": lambda distance: np.exp((1 - distance) / 0.07)}
     knn = KNeighborsClassifier(5, metric="cosine", algorithm="brute", **votes).fit(*train)
     assert result[f"{prefix}_knn_avg"] == pytest.approx(100 * knn.score(*val), abs=1e-3)
-    from quarterlight.ssl.ridge import fit_ridge  # its penalty; test_ridge.py checks how it is chosen
     from sklearn.linear_model import RidgeClassifier
+
+    from quarterlight.ssl.ridge import fit_ridge  # its penalty; test_ridge.py checks how it is chosen
 
     chosen = fit_ridge(torch.from_numpy(train[0]), torch.from_numpy(train[1]), num_classes=4).penalty
     ridge = make_pipeline(StandardScaler(), RidgeClassifier(chosen * len(train[0]))).fit(*train)
