@@ -181,10 +181,16 @@ def _chunk_name(first: int, last: int) -> str:
     return f"{first:09d}-{last:09d}.safetensors"
 
 
-def _hash(encoder: Encoder, normalize: nn.Module, samples: Samples, kind: str) -> str:
-    digest = hashlib.sha256(kind.encode())
+def digest_of(encoder: Encoder, normalize: nn.Module) -> bytes:
+    """Returns a SHA-256 of an encoder's weights and of how its images are normalized."""
+    digest = hashlib.sha256()
     for name, x in [*encoder.timm.state_dict().items(), *normalize.named_buffers()]:
         digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def _hash(encoder: Encoder, normalize: nn.Module, samples: Samples, kind: str) -> str:
+    digest = hashlib.sha256(kind.encode() + digest_of(encoder, normalize))
     digest.update(f"{samples.index.fingerprint()} {samples.transform} {samples.in_chans}".encode())
     digest.update(samples.order.samples.tobytes())
     return digest.hexdigest()[:16]

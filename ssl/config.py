@@ -275,6 +275,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
     "stall_timeout_s": (1, None), "every_steps": (0, None), "images": (1, None),
+    "momentum": (0, 0.9999999), "trust_coeff": (1e-9, None), "shots": (1, None), "draws": (1, None),
+    "regression_c": (1e-9, None),
 }  # fmt: skip
 
 

@@ -98,6 +98,7 @@ ORDER = [
 ]
 FINETUNE_ORDER = [
     "config",
+    "probe_config",
     "evaluate",
     "heads",
     "mixing",
@@ -106,6 +107,11 @@ FINETUNE_ORDER = [
     "classify",
     "probe_grid",
     "linear_probe",
+    "lars",
+    "frozen",
+    "train_probe",
+    "logistic",
+    "few_shot",
 ]
 
 
@@ -220,10 +226,12 @@ def test_wheel_is_complete(tmp_path):
 
 def test_configs_are_read_by_their_commands():
     from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+    from quarterlight.finetune.probe_config import TrainProbeConfig
     from quarterlight.ssl.command import parse_config
     from quarterlight.ssl.config import PretrainConfig
 
     stages = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear_probe": LinearProbeConfig}
+    stages["train_probe"] = TrainProbeConfig
     for folder, config_class in stages.items():
         recipes = sorted((ROOT / "configs" / folder).glob("*.yaml"))
         assert recipes

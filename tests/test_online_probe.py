@@ -1,8 +1,11 @@
 """Probes during pretraining: their figures against scikit-learn's, and that they change nothing of the run."""
 
+import io
 import json
 import os
+import shutil
 import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_PRETRAIN, arguments, write_tars
+from PIL import Image
 from ranks import LONG, Nursery, steps_logged, wait_until
 from safetensors.torch import load_file
+from sklearn.linear_model import RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -24,6 +29,7 @@ from quarterlight.ssl.index import open_index
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.pretrain import pretrain
 from quarterlight.ssl.released import load_encoder, read_weights
+from quarterlight.ssl.ridge import fit_ridge
 
 PROBE = {"probe.every_steps": "4", "probe.neighbors": "5"}
 
@@ -94,10 +100,6 @@ def test_figures_are_those_of_scikit_learn_on_the_released_encoder(shards, with_
     votes = {"weights": lambda distance: np.exp((1 - distance) / 0.07)}
     knn = KNeighborsClassifier(5, metric="cosine", algorithm="brute", **votes).fit(*train)
     assert result[f"{prefix}_knn_avg"] == pytest.approx(100 * knn.score(*val), abs=1e-3)
-    from sklearn.linear_model import RidgeClassifier
-
-    from quarterlight.ssl.ridge import fit_ridge  # its penalty; test_ridge.py checks how it is chosen
-
     chosen = fit_ridge(torch.from_numpy(train[0]), torch.from_numpy(train[1]), num_classes=4).penalty
     ridge = make_pipeline(StandardScaler(), RidgeClassifier(chosen * len(train[0]))).fit(*train)
     assert result[f"{prefix}_linear_avg"] == pytest.approx(100 * ridge.score(*val), abs=1e-3)
@@ -127,8 +129,6 @@ def test_a_continued_run_ends_with_the_same_figures(shards, with_probes, tmp_pat
     run_dir = tmp_path / "run"
     run(shards, run_dir, ema_decay="0.9", keep_states="3", **PROBE)
     (run_dir / "result.json").unlink()
-    import shutil
-
     shutil.rmtree(run_dir / "state" / "step-00000012")
     shutil.rmtree(run_dir / "state" / "step-00000008")
     run(shards, run_dir, ema_decay="0.9", keep_states="3", **(PROBE | {"probe.every_steps": "6"}))  # a neutral option
@@ -162,11 +162,6 @@ def test_a_swin_is_probed_on_sets_of_its_own(shards, tmp_path):
     ],
 )
 def test_a_mistake_gets_one_sentence(shards, tmp_path, capsys, change, said):
-    import io
-    import tarfile
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20)).save(buffer, format="PNG")
     with tarfile.open(tmp_path / "bare.tar", "w") as tar:
