@@ -25,7 +25,7 @@ class FrozenClassifier(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, head: nn.Module, pool: Literal["token", "avg"] | None, digest: bytes) -> None:
-        """Takes an encoder in eval mode on its device; `pool` None gives the head the patch tokens themselves."""
+        """Takes an encoder in eval mode on its device; `pool` None gives the head the tokens themselves."""
         super().__init__()
         self._frozen = (encoder,)  # in a tuple, which nn.Module does not look into
         self.head, self.pool, self.digest = head, pool, digest
@@ -37,13 +37,13 @@ class FrozenClassifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """Returns the logits."""
+        encoder = self.encoder
         with torch.no_grad():
-            tokens = self.encoder(images)
-            given = (
-                tokens[:, self.encoder.num_prefix_tokens :]
-                if self.pool is None
-                else pooled(tokens, self.encoder)[self.pool]
-            )
+            tokens = encoder(images)
+            if self.pool is not None:
+                given = pooled(tokens, encoder)[self.pool]
+            else:  # as timm's own attention pooling gets them
+                given = tokens if isinstance(encoder.timm, Eva) else tokens[:, encoder.num_prefix_tokens :]
         return self.head(given)
 
     def get_extra_state(self) -> UInt8[Tensor, " bytes"]:
@@ -66,7 +66,7 @@ def build_head(
 
     A linear head is MAE's: batch norm without scale and shift (eps 1e-6), then a linear layer that starts at 0.01 times
     a normal. An attentive one is timm's attention pooling (`global_pool="map"`): one learned query attends to the patch
-    tokens, an MLP follows, then the linear layer; as in AIM, V-JEPA and CAPI, which probe so what lies in the patches.
+    tokens (in timm's Eva class to all), an MLP follows, then the linear layer; so AIM, V-JEPA and CAPI probe.
 
     Raises InputError for a pooling that the encoder does not have.
     """

@@ -28,8 +28,8 @@ class _Skipping:
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [(p.clone(), self.state[p].get("momentum_buffer")) for p in parameters]
         before = [(p, None if buffer is None else buffer.clone()) for p, buffer in before]
+        skipped, self.found_inf = self.found_inf > 0.5, None  # torch's SGD refuses to know of it
         loss = super().step(closure)  # type: ignore[misc]
-        skipped = self.found_inf > 0.5
         for p, (value, buffer) in zip(parameters, before, strict=True):
             p.copy_(torch.where(skipped, value, p))
             if (now := self.state[p].get("momentum_buffer")) is not None:

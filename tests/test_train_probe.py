@@ -142,10 +142,9 @@ def test_crops_are_drawn_once_and_clipped_as_in_maes_probe():
         top, left, h, w = boxes.T
         assert ((top >= 0) & (left >= 0) & (top + h <= height) & (left + w <= width) & (h > 0) & (w > 0)).all()
         for ours, wanted in ((h, high), (w, wide), (h * w, high * wide)):
-            np.testing.assert_allclose(
-                np.quantile(ours, [0.1, 0.3, 0.5, 0.9]), np.quantile(wanted, [0.1, 0.3, 0.5, 0.9]), rtol=0.06
-            )
-            assert ours.mean() == pytest.approx(wanted.mean(), rel=0.02)
+            shares = [0.1, 0.3, 0.5, 0.7, 0.9]
+            np.testing.assert_allclose(np.quantile(ours, shares), np.quantile(wanted, shares), rtol=0.1)
+            assert ours.mean() == pytest.approx(wanted.mean(), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +166,10 @@ def test_what_is_released_computes_what_was_trained(name: str, args: dict, given
     head, pool, built = build_head(config, encoder, spec, 5)
     classifier = FrozenClassifier(encoder, head, pool, b"digest")
     assert [key for key in classifier.state_dict() if not key.startswith(("head.", "_extra"))] == []
+    if config.head == "attentive":
+        with torch.no_grad():
+            for layer in (head[0].q, head[0].kv):
+                layer.weight.mul_(5)  # so that it matters what is attended to
     images = torch.randn(6, 3, *encoder.img_size)
     for _ in range(30):  # so that batch norm has measured something
         classifier.train()(images + torch.randn_like(images))
