@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,8 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from quarterlight.ssl.attention import choose_attention
+from quarterlight.ssl.augment import Normalize
 from quarterlight.ssl.batches import BadSample, Samples, refuse_bad
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
@@ -26,8 +28,10 @@ from quarterlight.ssl.files import remove_leftovers, replace_file, write_tensors
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.pooling import Features, pooled, pooled_layers
 from quarterlight.ssl.processes import from_main, until_stopped
+from quarterlight.ssl.released import load_encoder
 from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import ChunkSpans
+from quarterlight.ssl.stage import Opened
 
 LEAST_CHUNK, MOST_CHUNK, CHUNKS = 256, 8192, 64  # images in a chunk, and how many chunks there are if that allows it
 FeatureType = Literal["float32", "float16"]
@@ -76,6 +80,24 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it, to compute it again") from error
+
+
+class FrozenEncoder(NamedTuple):
+    """An encoder that is only looked at, in eval mode on the device of the run."""
+
+    encoder: Encoder
+    normalize: Normalize
+    report: str  # a sentence on its weights
+
+
+def open_encoder(opened: Opened) -> FrozenEncoder:
+    """Returns the encoder that a stage was opened with."""
+    device = opened.accelerator.device
+    torch.manual_seed(opened.config.seed)
+    encoder, report = load_encoder(opened.spec, opened.weights)
+    encoder.requires_grad_(False).eval().to(device)
+    choose_attention(encoder, device, opened.config.precision)
+    return FrozenEncoder(encoder, Normalize(opened.spec.mean, opened.spec.std).to(device), report)
 
 
 def extract(

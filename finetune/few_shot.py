@@ -5,12 +5,8 @@ import hashlib
 import io
 import json
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +26,12 @@ from quarterlight.ssl.stage import Opened, open_stage
 from quarterlight.ssl.watch import Watch
 
 from .classify import classes_of
-from .features import extract_table
-from .linear_probe import open_encoder, pausing
+from .features import extract_table, open_encoder
+from .linear_probe import pausing
 from .logistic import fit_logistic
 from .probe_config import FewShotConfig
 from .probe_grid import inputs_of
-
-POLL_S = 0.2
+from .sub_runs import finished_result, run_to_its_end
 
 
 class Score(NamedTuple):
@@ -157,11 +152,11 @@ def _finetuned(config: FewShotConfig, run_dir: Path, script: Path, signals: Stop
         texts = [Path(name).read_text() for name in config.finetune_config]
         key = hashlib.sha256(json.dumps([words, texts]).encode()).hexdigest()[:8]  # other options: another folder
         folder = run_dir / "finetune" / f"{shots}-labels-seed{seed}-{key}"
-        if not (done := _result(folder)):
+        if not (done := finished_result(folder)):
             print(f"fine-tuning with {shots} labels a class, seed {seed}: {folder}", flush=True)
             starter = shlex.split(config.launcher) or [sys.executable]
-            _run([*starter, str(script), *words, "--run_dir", str(folder)], folder, signals)
-            done = _result(folder)
+            run_to_its_end([*starter, str(script), *words, "--run_dir", str(folder)], folder, signals)
+            done = finished_result(folder)
         if not done:
             raise InputError(f"{folder}: fine-tuning ended without a result; see {folder}.txt")
         scores.append(Score("finetune", shots, seed, done["val_top1"]))
@@ -180,35 +175,6 @@ def _words(config: FewShotConfig, shots: int, seed: int) -> list[str]:
     for name, value in given.items():
         words += [f"--{name}", value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)]
     return [word.removesuffix("\n...\n").strip() for word in words]
-
-
-def _run(command: Sequence[str], folder: Path, signals: StopSignals) -> None:
-    """Runs a command to its end, its output in a file beside `folder`. Raises Stopped or InputError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_name(folder.name + ".txt")
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        told = False
-        while process.poll() is None:
-            time.sleep(POLL_S)
-            if signals.received is not None and not told:
-                process.send_signal(signal.SIGTERM)
-                told = True
-    if signals.received is not None or process.returncode == Stopped.EXIT_STATUS:
-        raise Stopped("stopped by a signal")
-    if process.returncode:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-        raise InputError(f"fine-tuning failed ({said.removeprefix('error: ')}); its output is in {log}")
-
-
-def _result(folder: Path) -> dict[str, Any] | None:
-    """Returns what a finished run has left; None: it is not finished."""
-    try:
-        found = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if found.get("finished") else None
 
 
 def summary(scores: list[Score]) -> dict[str, dict[str, dict[str, float]]]:

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
-from quarterlight.ssl.attention import choose_attention
-from quarterlight.ssl.augment import CenterCrop, Normalize
-from quarterlight.ssl.encoder import Encoder
+from quarterlight.ssl.augment import CenterCrop
 from quarterlight.ssl.errors import InputError, Stopped
 from quarterlight.ssl.index import ShardIndex, refuse_damage
 from quarterlight.ssl.knn import nearest, vote
@@ -21,7 +18,6 @@ from quarterlight.ssl.order import FileOrder, labelled_subset
 from quarterlight.ssl.pooling import Features
 from quarterlight.ssl.processes import any_process
 from quarterlight.ssl.randoms import hashes
-from quarterlight.ssl.released import load_encoder
 from quarterlight.ssl.runs import write_result, write_run_files
 from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.stage import Opened, open_stage
@@ -29,7 +25,7 @@ from quarterlight.ssl.watch import Watch, alive
 
 from .classify import classes_of
 from .config import LinearProbeConfig
-from .features import FeatureTable, extract_table
+from .features import FeatureTable, FrozenEncoder, extract_table, open_encoder
 from .intervals import wilson
 from .probe_grid import Columns, View, grid_accuracy, inputs_of, train_grids
 
@@ -45,24 +41,6 @@ class Probe(NamedTuple):
     holdout_top1: float  # percent, what it is chosen by
     val_top1: float
     val_top5: float
-
-
-class FrozenEncoder(NamedTuple):
-    """An encoder that is only looked at, in eval mode on the device of the run."""
-
-    encoder: Encoder
-    normalize: Normalize
-    report: str  # a sentence on its weights
-
-
-def open_encoder(opened: Opened) -> FrozenEncoder:
-    """Returns the encoder that a stage was opened with."""
-    device = opened.accelerator.device
-    torch.manual_seed(opened.config.seed)
-    encoder, report = load_encoder(opened.spec, opened.weights)
-    encoder.requires_grad_(False).eval().to(device)
-    choose_attention(encoder, device, opened.config.precision)
-    return FrozenEncoder(encoder, Normalize(opened.spec.mean, opened.spec.std).to(device), report)
 
 
 def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:

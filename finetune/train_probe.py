@@ -32,11 +32,10 @@ from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .classify import classes_of
 from .evaluate import evaluate
-from .features import digest_of
+from .features import digest_of, open_encoder
 from .frozen import FrozenClassifier, build_head, fold
 from .intervals import wilson
 from .lars import build_head_optimizer
-from .linear_probe import open_encoder
 from .probe_config import TrainProbeConfig
 
 

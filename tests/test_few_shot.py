@@ -126,4 +126,4 @@ def test_a_fine_tuning_that_fails_is_reported_with_its_reason(shards, tmp_path, 
     recipe.write_text("batch_size: 3\nsteps: 4\n")
     with pytest.raises(SystemExit):
         start(shards, tmp_path / "run", method="finetune", finetune_config=f"[{recipe}]")
-    assert "fine-tuning failed (mixup and cutmix need an even number of images" in capsys.readouterr().err
+    assert "the command failed (mixup and cutmix need an even number of images" in capsys.readouterr().err

@@ -111,6 +111,7 @@ FINETUNE_ORDER = [
     "frozen",
     "train_probe",
     "logistic",
+    "sub_runs",
     "few_shot",
 ]
 
