@@ -2,16 +2,18 @@
 
 import csv
 import json
+import os
 import signal
 import statistics
-import subprocess
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, arguments, command
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT, TINY, arguments
+from ranks import Nursery, wait_until
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -26,6 +28,29 @@ from quarterlight.ssl.order import labelled_subset
 PIXELS, CLASSES = load_digits(return_X_y=True)
 
 
+CODE = f"""
+from pathlib import Path
+from quarterlight.finetune.few_shot import few_shot
+from quarterlight.finetune.probe_config import FewShotConfig
+script = Path({str(ROOT / "launch" / "finetune.py")!r})
+run_command(lambda: parse_config(FewShotConfig, ""), lambda config: few_shot(config, script))
+"""
+
+
+@pytest.fixture
+def nursery(tmp_path) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path)
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
 def options(shards: tuple[str, str], run_dir: Path, **more: str) -> dict[str, str]:
     given = {"data.train": shards[0], "data.val": shards[1], "run_dir": str(run_dir), "shots": "[1,3]", "draws": "2"}
     return TINY | given | more
@@ -37,8 +62,7 @@ def start(shards: tuple[str, str], run_dir: Path, **more: str) -> None:
     run_command(lambda: parse_config(FewShotConfig, "", words), lambda config: few_shot(config, script))
 
 
-@pytest.mark.parametrize("shots", [1, 5, 40])
-@pytest.mark.parametrize("c", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize(("shots", "c"), [(1, 0.01), (1, 10.0), (5, 1.0), (40, 1.0)])
 def test_classifiers_are_those_of_scikit_learn(shots: int, c: float):
     ids = labelled_subset(CLASSES, shots, seed=2)
     ours = fit_logistic(torch.from_numpy(PIXELS[ids]), torch.from_numpy(CLASSES[ids]), num_classes=10, c=c)
@@ -65,9 +89,10 @@ def test_tables_hold_means_and_deviations_of_samples():
     assert "30.00 +- 26.46 %" in printed(scores)
 
 
-def test_two_processes_give_the_table_of_one(shards, tmp_path, launch):
-    for name, processes in (("one", 1), ("two", 2)):
-        launch("few_shot.py", options(shards, tmp_path / name), processes=processes)
+def test_two_processes_give_the_table_of_one(shards, tmp_path, nursery):
+    start(shards, tmp_path / "one")
+    with nursery.run(2, options(shards, tmp_path / "two"), code=CODE) as ranks:
+        assert [rank.ended() for rank in ranks] == [0, 0], ranks[0].said()
     rows = list(csv.DictReader((tmp_path / "one" / "few_shot.csv").open()))
     assert [(row["labels_per_class"], row["seed"]) for row in rows] == [("1", "0"), ("1", "1"), ("3", "0"), ("3", "1")]
     assert rows == list(csv.DictReader((tmp_path / "two" / "few_shot.csv").open()))
@@ -75,30 +100,30 @@ def test_two_processes_give_the_table_of_one(shards, tmp_path, launch):
     assert result["finished"] and result["table"]["linear"]["3"]["mean"] > 25  # four classes
 
 
-def test_fine_tuning_is_run_for_each_draw_stopped_and_continued(shards, tmp_path):
+def test_fine_tuning_is_run_for_each_draw_stopped_and_continued(shards, tmp_path, nursery):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("batch_size: 4\nsteps: 4\nmixing: {mixup: 0, cutmix: 0}\noptim: {base_lr: 0.05}\n")
     given = options(shards, tmp_path / "run", method="finetune", finetune_config=f"[{recipe}]", shots="[1]")
-    process = subprocess.Popen(command("few_shot.py", given), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs = tmp_path / "run" / "finetune"
-    deadline = time.monotonic() + 120
-    while not list(runs.glob("1-labels-seed0-*/result.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
-    before = {path: path.stat().st_mtime_ns for path in runs.glob("1-labels-seed0-*/result.json")}
-    done = subprocess.run(command("few_shot.py", given), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # the first was finished, and stays
+    with nursery.run(1, given, code=CODE) as ranks:  # stopped while the first fine-tuning is on its way
+        wait_until(lambda: bool(list(runs.glob("1-labels-seed0-*.txt"))), alive=ranks)
+        os.kill(ranks[0].pid, signal.SIGTERM)
+        assert ranks[0].ended() == 75, ranks[0].said()
+    assert not json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
+    with nursery.run(1, given, code=CODE) as ranks:
+        assert ranks[0].ended() == 0, ranks[0].said()
     rows = list(csv.DictReader((tmp_path / "run" / "few_shot.csv").open()))
-    assert [(row["method"], row["labels_per_class"], row["seed"]) for row in rows] == [
-        ("finetune", "1", "0"),
-        ("finetune", "1", "1"),
-    ]
     found = [json.loads(path.read_text())["val_top1"] for path in sorted(runs.glob("*/result.json"))]
-    assert [float(row["val_top1"]) for row in rows] == found
+    assert [(row["method"], row["labels_per_class"], row["seed"], float(row["val_top1"])) for row in rows] == [
+        ("finetune", "1", "0", found[0]),
+        ("finetune", "1", "1", found[1]),
+    ]
     images = [json.loads(path.read_text())["train_samples"] for path in runs.glob("*/environment.json")]
     assert images == [4, 4]  # one of each class
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    with nursery.run(1, given, code=CODE) as ranks:
+        assert ranks[0].ended() == 0, ranks[0].said()
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")} == before  # nothing is run again
 
 
 @pytest.mark.parametrize(

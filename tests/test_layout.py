@@ -232,7 +232,7 @@ def test_configs_are_read_by_their_commands():
     from quarterlight.ssl.config import PretrainConfig
 
     stages = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear_probe": LinearProbeConfig}
-    stages["train_probe"] = TrainProbeConfig
+    stages |= {"train_probe": TrainProbeConfig, "few_shot": FinetuneConfig}  # few_shot.py hands these to finetune.py
     for folder, config_class in stages.items():
         recipes = sorted((ROOT / "configs" / folder).glob("*.yaml"))
         assert recipes
