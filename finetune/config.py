@@ -96,11 +96,25 @@ class LinearProbeConfig(RunConfig):
     """Passes of the linear classifiers over the cached features."""
     batch_size: int = 1024
     """Features in one step of the linear classifiers."""
-    base_lrs: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-    """Learning rates for 256 features a step; one classifier is trained with each, all in one pass."""
+    base_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+    """Learning rates for 256 features a step; classifiers are trained with each, all in one pass."""
+    weight_decay: float = 0.0
+    """Penalty w / 2 * |weight|^2 on every classifier, as the C of a logistic regression: 1 / (w * images)."""
+    inputs: tuple[Literal["avg", "token", "both", "last4", "last4_avg"], ...] = (
+        "avg", "token", "both", "last4", "last4_avg",
+    )  # fmt: skip
+    """What classifiers look at. avg: mean of the patch tokens. token: the class token. both: these side by side. last4:
+    class tokens of the last four blocks (averages of the four stages of a Swin). last4_avg: these and avg. Those that
+    an encoder does not have are left out."""
+    batch_norm: tuple[bool, ...] = (True, False)
+    """Whether features are normalized over the batch first; one classifier is trained with each."""
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    """How features are kept on disk and in memory; float16 halves both and changes accuracies by some hundredths."""
     holdout_share: float = 0.1
     """Share of data.train that chooses among the classifiers; data.val is only reported on."""
-    neighbors: tuple[int, ...] = (10, 20)
+    neighbors: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of nearest neighbors that vote."""
     temperature: float = 0.07
     """A neighbor's vote weighs exp(cosine similarity / temperature)."""
+    stall_timeout_s: float = 900.0
+    """Seconds in which nothing moves until the run ends, and says where it hangs."""

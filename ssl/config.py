@@ -185,6 +185,24 @@ class StageConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Looks at how well the encoder's features tell classes apart; they change nothing of what a run computes."""
+
+    every_steps: int = 0
+    """Steps between two looks, each a forward pass over `images` whole images of both sets; 0: none."""
+    train: str | list[str] | None = None
+    """Labelled shards whose features are neighbors and fitted to, in the forms of data.train. null: data.train."""
+    val: str | list[str] | None = None
+    """Labelled shards to report on. null: data.val."""
+    images: int = 10_000
+    """The most images of either set that are looked at, drawn by the seed."""
+    neighbors: int = 20
+    """Number of nearest neighbors that vote."""
+    temperature: float = 0.07
+    """A neighbor's vote weighs exp(cosine similarity / temperature)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
     """Masked-autoencoder pretraining."""
 
@@ -213,6 +231,8 @@ class PretrainConfig(StageConfig):
     """Whether pretraining changes them. null: yes with positions learned, else no (those of --init neither)."""
     picture_every_steps: int = 1000
     """Steps between two pictures of reconstructions; 0: only at the end."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Looks at how well the encoder's features tell classes apart, by k-NN and a linear classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +299,9 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
-    "stall_timeout_s": (1, None), "trainable_blocks": (0, None),
+        "stall_timeout_s": (1, None), "trainable_blocks": (0, None), "every_steps": (0, None), "images": (1, None),
+    "momentum": (0, 0.9999999), "trust_coeff": (1e-9, None), "shots": (1, None), "draws": (1, None),
+    "regression_c": (1e-9, None),
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The pretraining stage: its task, its hooks, and the order in which they are put together."""
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,16 +18,19 @@ from .augment import CenterCrop, Normalize, random_crop
 from .batches import Batch, Samples
 from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
-from .engine import train
+from .encoder import Encoder
+from .engine import is_due, train
 from .errors import InputError
 from .export import ENCODER_EMA_FILE, ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .hybrid import has_batch_norm, with_statistics_of
 from .log import RunLog
 from .mae import MaskedAutoencoder, attach_decoder
 from .masking import MaskSampler
+from .online_probe import OnlineProbe
 from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import reconstruction_picture, save_png
+from .processes import micro_batch_size
 from .recompute import checkpoint_blocks
 from .released import encoder_with_weights, load_decoder
 from .runs import write_result, write_run_files
@@ -93,9 +98,9 @@ def pretrain(config: PretrainConfig) -> Figures:
     whole = Whole(task, accelerator, config.ema_decay)
     optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
 
-    # Read once: every export measures the batch norms on the same images.
+    # Read once: every export measures the batch norms on the same images, and so does every probe, on all processes.
     statistics_images: list[Tensor] = []
-    if has_batch_norm(encoder.timm) and accelerator.is_main_process:
+    if has_batch_norm(encoder.timm) and (accelerator.is_main_process or config.probe.every_steps):
         statistics_images += _whole_images(samples, accelerator.device, STATISTICS_IMAGES)
 
     def measured(model: nn.Module) -> nn.Module:
@@ -104,6 +109,17 @@ def pretrain(config: PretrainConfig) -> Figures:
         device = next(model.parameters()).device  # the host's, of the copy of a sharded one
         normalize = whole.module.normalize.to(device)
         return with_statistics_of(model, (normalize(images.to(device)) for images in statistics_images))
+
+    def released(encoder: Encoder) -> Encoder:
+        if has_batch_norm(encoder.timm):
+            timm_model, encoder = measured(encoder.timm), copy.deepcopy(encoder)
+            encoder.timm = timm_model
+        return encoder
+
+    probe = None
+    if config.probe.every_steps:
+        micro = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+        probe = OnlineProbe(opened, config, whole, released, micro_batch_size=micro)
 
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)
@@ -123,10 +139,21 @@ def pretrain(config: PretrainConfig) -> Figures:
         print(f"{report}\n{len(ids)} images{an_epoch}, {total_steps} steps of {config.batch_size}", flush=True)
         if statistics_images:
             print(f"batch norms are measured on {STATISTICS_IMAGES} whole images before every export", flush=True)
+        if probe is not None:
+            print(f"every {config.probe.every_steps} steps {probe.images} whole images are probed", flush=True)
     if isinstance(autoencoder.target, PCATarget):
         _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
     painter = Painter(opened, whole, masks)
-    hooks = Hooks("pretrain", painter.draw, config.picture_every_steps, export, whole, opened.fetching)
+
+    def look(step: int, log: RunLog, signals: StopSignals) -> Figures:
+        if step == total_steps or is_due(step, config.picture_every_steps):
+            painter.draw(step, log)
+        if probe is not None and (step == total_steps or is_due(step, config.probe.every_steps)):
+            return probe.measure(step, log, signals)
+        return {}
+
+    every = math.gcd(config.picture_every_steps, config.probe.every_steps)  # with 0 it is the other
+    hooks = Hooks("pretrain", look, every, export, whole, opened.fetching)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         write_result(run_dir, "pretrain", finished=True, steps=total_steps, **figures)
@@ -213,9 +240,8 @@ class Painter:
         samples = opened.samples(index, FileOrder(picked), crop, masks)
         self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None
 
-    def draw(self, step: int, log: RunLog, signals: StopSignals) -> Figures:
+    def draw(self, step: int, log: RunLog) -> None:
         """Writes reconstructions.png and the same picture to TensorBoard."""
-        del signals  # it takes a moment only
         if self.batch is not None:
             autoencoder, normalize = self.whole.module.autoencoder, self.whole.module.normalize
             batch = self.batch.to(self.accelerator.device)
@@ -228,4 +254,3 @@ class Painter:
             picture = reconstruction_picture(autoencoder, images, result, mean=normalize.mean, std=normalize.std)
             save_png(self.png, picture)
             log.picture(step, "reconstructions (masked, predicted, original)", picture)
-        return {}

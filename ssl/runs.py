@@ -23,6 +23,7 @@ NEUTRAL = {
     "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
     "data.max_bad_share", "data.cache_dir", "data.cache_gb", "stall_timeout_s", "max_skipped_steps",
     "grad_checkpointing", "check_duplicates",
+    "probe.every_steps", "probe.train", "probe.val", "probe.images", "probe.neighbors", "probe.temperature",
     "data.lanes", "data.block_samples",  # these are compared as null is meant, with the state
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from quarterlight.finetune.config import FinetuneConfig, FinetuneOptimConfig, LinearProbeConfig, MixingConfig
+from quarterlight.finetune.probe_config import FewShotConfig, TrainProbeConfig
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import DataConfig, DecoderConfig, EncoderConfig, OptimConfig, PretrainConfig
 from quarterlight.ssl.errors import InputError, did_you_mean
@@ -244,7 +245,13 @@ def test_other_ranks_are_refused_in_silence(
 
 @pytest.mark.parametrize(
     ("script", "config"),
-    [("pretrain.py", PretrainConfig), ("finetune.py", FinetuneConfig), ("linear_probe.py", LinearProbeConfig)],
+    [
+        ("pretrain.py", PretrainConfig),
+        ("finetune.py", FinetuneConfig),
+        ("linear_probe.py", LinearProbeConfig),
+        ("train_probe.py", TrainProbeConfig),
+        ("few_shot.py", FewShotConfig),
+    ],
 )
 def test_a_printed_config_fed_back_gives_the_same_config(tmp_path: Path, script: str, config: type):
     args = [

@@ -145,7 +145,10 @@ def test_probe_reports_both_poolings_and_neighbors_alike_for_one_and_two_process
     printed = launch("linear_probe.py", given).stdout
     launch("linear_probe.py", given | {"run_dir": str(tmp_path / "two")}, processes=2)
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
-    assert set(one["best_by_pool"]) == {"avg", "token"} and set(one["knn_top1"]) == {"avg_k5", "token_k5"}
+    assert set(one["best_by_input"]) == {"avg", "token", "both", "last4", "last4_avg"} and set(one["knn_top1"]) == {
+        "avg_k5",
+        "token_k5",
+    }
     assert one["val_images"] == 21 and one["knn_top1"]["avg_k5"] > 40
     assert (one["linear_top1"], one["knn_top1"]) == (two["linear_top1"], two["knn_top1"])
     assert "linear probe" in printed and "k-NN" in printed

@@ -66,6 +66,9 @@ ORDER = [
     "window_groups",
     "swin",
     "encoders",
+    "pooling",
+    "knn",
+    "ridge",
     "targets",
     "decoder",
     "mae",
@@ -108,10 +111,12 @@ ORDER = [
     "hub",
     "stage",
     "pictures",
+    "online_probe",
     "pretrain",
 ]
 FINETUNE_ORDER = [
     "config",
+    "probe_config",
     "evaluate",
     "confusion",
     "duplicates",
@@ -119,10 +124,17 @@ FINETUNE_ORDER = [
     "partial",
     "mixing",
     "eval_only",
+    "intervals",
     "features",
-    "knn",
     "classify",
+    "probe_grid",
     "linear_probe",
+    "lars",
+    "frozen",
+    "train_probe",
+    "logistic",
+    "sub_runs",
+    "few_shot",
     "release",
     "usage",
     "publish",
@@ -240,10 +252,12 @@ def test_wheel_is_complete(tmp_path):
 
 def test_configs_are_read_by_their_commands():
     from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+    from quarterlight.finetune.probe_config import TrainProbeConfig
     from quarterlight.ssl.command import parse_config
     from quarterlight.ssl.config import PretrainConfig
 
     stages = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear_probe": LinearProbeConfig}
+    stages |= {"train_probe": TrainProbeConfig, "few_shot": FinetuneConfig}  # few_shot.py hands these to finetune.py
     for folder, config_class in stages.items():
         recipes = sorted((ROOT / "configs" / folder).glob("*.yaml"))
         assert recipes
