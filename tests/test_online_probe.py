@@ -28,7 +28,7 @@ from quarterlight.ssl.config import PretrainConfig
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.pretrain import pretrain
-from quarterlight.ssl.released import load_encoder, read_weights
+from quarterlight.ssl.released import encoder_with_weights, read_weights
 from quarterlight.ssl.ridge import fit_ridge
 
 PROBE = {"probe.every_steps": "4", "probe.neighbors": "5"}
@@ -54,7 +54,7 @@ def features(run_dir: Path, pattern: str, name: str = "encoder.safetensors") -> 
     """Returns averages of the patch tokens by timm's own forward, and labels."""
     found = read_weights(str(run_dir / name))
     assert found.spec is not None
-    model = load_encoder(found.spec, found)[0].timm.eval()
+    model = encoder_with_weights(found.spec, found)[0].timm.eval()
     index = open_index(pattern)
     samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((16, 16), 1.0), 0)
     batch = samples.batch(0, len(index))
