@@ -117,11 +117,12 @@ def _metadata(config: EmbedConfig, network: Network) -> dict[str, str]:
     """Returns what is needed to embed other images in the same way."""
     path = Path(config.init).expanduser()
     spec = network.spec
-    facts = network.facts() | {"pool": config.pool, "layers": config.layers, "timm_args": spec.args}
+    facts = network.facts() | {"pool": config.pool, "layers": config.layers, "precision": config.precision}
     return {
         "made_by": f"quarterlight {environment()['packages']['quarterlight']}",
         "init": str(path.resolve()) if path.exists() else config.init,
         "architecture": spec.name,
+        "timm_args": json.dumps(spec.args),
         **{key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()},
     }
 

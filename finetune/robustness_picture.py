@@ -19,7 +19,7 @@ def draw_robustness(path: Path, rows: list[dict[str, Any]], title: str, patch: i
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that other commands must not cost
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     shuffles = [row for row in rows if row["kind"] == "shuffle"]
     panels = figure.subplots(1, 2, sharey=True, width_ratios=(1.7, 1)) if shuffles else [figure.subplots()]
@@ -33,7 +33,7 @@ def draw_robustness(path: Path, rows: list[dict[str, Any]], title: str, patch: i
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=12)
     panels[0].set_ylabel("top-1 accuracy (%)", fontsize=13)
-    figure.suptitle(f"Accuracy on damaged images: {title}", fontsize=14)
+    figure.suptitle(f"Accuracy with patches dropped and tiles shuffled: {title}", fontsize=14)
     replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
@@ -57,8 +57,8 @@ def _draw_drops(panel: Any, rows: list[dict[str, Any]], patch: int) -> None:
         )
     panel.set_xlabel(f"patches of {patch} x {patch} pixels dropped (%)", fontsize=13)
     panel.set_xlim(-2, 102)
-    if drawn:
-        panel.legend(fontsize=10 if several else 12, frameon=False, loc="best")
+    if drawn:  # below: curves may go anywhere
+        panel.figure.legend(fontsize=12, frameon=False, loc="outside lower center", ncols=2 if several else 3)
 
 
 def _draw_shuffles(panel: Any, whole: dict[str, Any], shuffles: list[dict[str, Any]]) -> None:

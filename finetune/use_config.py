@@ -138,8 +138,8 @@ class NeighborsConfig:
     """Queries that the picture shows, spread evenly over all; 0: no picture."""
     init: str | None = None
     """Where the network lies that made the embeddings. null: where it was then."""
-    precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Autocast type of the forward pass over queries that are images."""
+    precision: Literal["bf16", "fp16", "no"] | None = None
+    """Autocast type of the forward pass over queries that are images. null: that of the embeddings."""
     batch_size: int = 256
     """Images in one forward pass."""
     num_workers: int = 4
