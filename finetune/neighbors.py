@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,23 +83,37 @@ def neighbors(config: NeighborsConfig) -> dict[str, Any]:
             f"{', the query among them' if config.queries is None else ''}: give a smaller one"
         )
     _make_folder(out)
-    accelerator = build_accelerator("no")
-    if accelerator.num_processes > 1:
-        raise InputError("neighbors runs in one process: start it with python, not with several processes")
-    queries = bank if config.queries is None else _queries(config, bank, out)
-    found = nearest(bank, queries, top_k=config.top_k, device=accelerator.device, without_itself=config.queries is None)
-    rows = _rows(bank, queries, found)
-    _write_csv(out / "neighbors.csv", rows)
-    if config.pictures:
-        shown = np.unique(np.linspace(0, len(queries) - 1, min(config.pictures, len(queries))).astype(int)).tolist()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("neighbors runs in one process: start it with python, not with a launcher of several")
+    queries = _queries(config, bank, out)
+    device = build_accelerator(_precision(config, bank)).device
+    found = nearest(bank, queries, top_k=config.top_k, device=device, without_itself=queries is bank)
+    _write_csv(out / "neighbors.csv", _rows(bank, queries, found))
+    whole = torch.nonzero(found.number[:, 0] >= 0).squeeze(1).tolist()
+    if whole and config.pictures:
+        places = np.linspace(0, len(whole) - 1, min(config.pictures, len(whole))).round().astype(int).tolist()
+        shown = [whole[i] for i in places]
         draw_neighbors(out / "neighbors.png", bank, queries, found.similarity, found.number, shown, config.cache_dir)
     result: dict[str, Any] = {"queries": len(queries), "bank": len(bank), "top_k": config.top_k}
-    if (share := _same_label(bank, queries, found)) is not None:
-        result["same_label_pct"] = share
+    share = _same_label(bank, queries, found)
+    result |= {} if share is None else {"same_label_pct": share}
     write_result(out, "neighbors", finished=True, **result)
-    same = f", {result['same_label_pct']:.1f} % of the neighbors have the query's label" if share is not None else ""
+    same = "" if share is None else f", {share:.1f} % of the neighbors have the query's label"
     print(f"done: {config.top_k} neighbors of {len(queries):,} images among {len(bank):,}{same}, {out}", flush=True)
     return result
+
+
+def _precision(config: NeighborsConfig, bank: Embeddings) -> str:
+    """Returns the precision in which queries are embedded. It matters to nothing else: similarities are float32."""
+    return config.precision or bank.metadata.get("precision", "no") if _are_images(_given(config)) else "no"
+
+
+def _given(config: NeighborsConfig) -> list[str]:
+    return [config.queries] if isinstance(config.queries, str) else list(config.queries or [])
+
+
+def _are_images(given: list[str]) -> bool:
+    return bool(given) and not given[0].endswith(".safetensors")
 
 
 def _make_folder(out: Path) -> None:
@@ -111,9 +126,13 @@ def _make_folder(out: Path) -> None:
 
 
 def _queries(config: NeighborsConfig, bank: Embeddings, out: Path) -> Embeddings:
-    """Returns the features of the queries: of a file, or computed as those of the bank were. Raises InputError."""
-    given = [config.queries] if isinstance(config.queries, str) else list(config.queries or [])
-    if len(given) == 1 and given[0].endswith(".safetensors"):
+    """Returns the features of the queries: the bank's, of a file, or computed as the bank's were. Raises InputError."""
+    given = _given(config)
+    if not given:
+        return bank
+    if not _are_images(given):
+        if len(given) > 1:
+            raise InputError(f"queries: {len(given)} are given, the first a file of embeddings: give that alone")
         queries = Embeddings(given[0])
         same = ("weights", "pool", "layers")
         if queries.dim != bank.dim or any(queries.metadata.get(x) != bank.metadata.get(x) for x in same):
@@ -146,7 +165,7 @@ def _embed_config(config: NeighborsConfig, bank: Embeddings, out: Path) -> Embed
             pool=known["pool"],  # type: ignore[arg-type]
             layers=None if read["layers"] is None else tuple(read["layers"]),
             out=str(out / "queries.safetensors"),
-            precision=config.precision or known["precision"],  # type: ignore[arg-type]
+            precision=_precision(config, bank),  # type: ignore[arg-type]
             batch_size=config.batch_size,
             num_workers=config.num_workers,
         )

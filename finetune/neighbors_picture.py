@@ -100,4 +100,5 @@ def _text(embeddings: Embeddings, number: int, similarity: str) -> str:
     label, key = int(embeddings.label[number]), embeddings.key[number]
     key = key if len(key) <= LONGEST_NAME else f"...{key[3 - LONGEST_NAME :]}"
     facts = [x for x in (similarity, f"label {label}" if label >= 0 else "") if x]
-    return "  ".join(facts) + "\n" + key.replace("$", r"\$")  # matplotlib's mark of mathematics
+    plain = key.replace("$", r"\$")  # which to matplotlib begins mathematics
+    return "\n".join(["  ".join(facts), plain] if facts else [plain])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quarterlight.ssl.augment import CenterCrop
 from quarterlight.ssl.config import DataConfig, EncoderConfig
+from quarterlight.ssl.encoders import wrap
 from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.released import Weights, encoder_spec, read_weights
@@ -35,7 +36,8 @@ def in_chans(spec: ModelSpec) -> Literal[1, 3]:
 
 
 def crop_of(model: Any, init: str, data: CropConfig) -> CenterCrop:
-    """Returns the evaluation crop of a timm model."""
+    """Returns the evaluation crop of a timm model. Raises InputError for a size that its patches do not tile."""
+    wrap(model, init)
     share = data.crop_pct if data.crop_pct is not None else own_crop_pct(init)
     return CenterCrop(pair(model.patch_embed.img_size), share)
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from quarterlight.ssl.fetching import Fetching
 from quarterlight.ssl.files import remove_leftovers, replace_file, write_json, write_tensors
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.processes import from_main, on_all
+from quarterlight.ssl.spans import BlockSpans
 
 from .inputs import InputSamples
 
@@ -36,42 +37,6 @@ class Part(NamedTuple):
     start: int
     tensors: dict[str, Tensor]
     unreadable: dict[int, str]  # why, by number of the image; what the tensors hold there means nothing
-
-
-@dataclass(frozen=True)
-class BlockSpans:
-    """Positions of whole blocks, batch by batch, blocks dealt out among ranks: batches are the same for any number."""
-
-    blocks: Sequence[int]  # those that are still to be done
-    num_samples: int
-    block: int  # samples in one
-    batch_size: int
-    rank: int
-    world_size: int
-
-    def of_rank(self, rank: int) -> "BlockSpans":
-        """Returns the spans that another rank reads."""
-        return BlockSpans(self.blocks, self.num_samples, self.block, self.batch_size, rank, self.world_size)
-
-    @property
-    def mine(self) -> Sequence[int]:
-        """The blocks of this rank."""
-        return self.blocks[self.rank :: self.world_size]
-
-    @property
-    def largest(self) -> int:
-        """The most positions in a span."""
-        return max(1, min(self.batch_size, self.block, self.num_samples))
-
-    def __len__(self) -> int:
-        sizes = (min(self.block, self.num_samples - number * self.block) for number in self.mine)
-        return sum(-(-size // self.batch_size) for size in sizes)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for number in self.mine:
-            last = min((number + 1) * self.block, self.num_samples)
-            for start in range(number * self.block, last, self.batch_size):
-                yield start, min(start + self.batch_size, last)
 
 
 @dataclass(frozen=True)
@@ -190,14 +155,16 @@ def compute_parts(
     """
     left = from_main(on_all(lambda: parts.open() if accelerator.is_main_process else []))
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    spans = BlockSpans(left, parts.num_images, parts.block, batch_size, rank, world_size)
+    spans = BlockSpans(
+        left, num_samples=parts.num_images, block=parts.block, batch_size=batch_size, rank=rank, world_size=world_size
+    )
     if accelerator.is_main_process and len(left) < len(parts):
         print(f"{len(parts) - len(left)} of {len(parts)} parts were there already ({parts.folder})", flush=True)
     collected: list[dict[str, Tensor]] = []
     unreadable: dict[int, str] = {}
     started_s = said_s = time.monotonic()
     done = 0
-    loader = build_loader(samples, spans, num_workers=num_workers, fetching=fetching)  # type: ignore[arg-type]
+    loader = build_loader(samples, spans, num_workers=num_workers, fetching=fetching)
     for (_, stop), batch in zip(spans, loader, strict=True):
         with accelerator.autocast():
             collected.append(compute(batch.images.to(accelerator.device, non_blocking=True)))

@@ -26,12 +26,12 @@ from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.processes import build_accelerator, on_all
 from quarterlight.ssl.runs import open_run, write_result, write_run_files
 from quarterlight.ssl.shard_names import sources
+from quarterlight.ssl.spans import BlockSpans
 
 from .damage import LEFT_OUT, Condition, Damage
 from .heads import load_classifier
 from .inputs import InputSamples, open_images
 from .network import crop_of, in_chans, open_weights
-from .parts import BlockSpans
 from .robustness_picture import draw_robustness
 from .use_config import RobustnessConfig
 
@@ -54,8 +54,15 @@ def robustness(config: RobustnessConfig) -> dict[str, Any]:
     samples = InputSamples(index, crop_of(damage.classifier, config.init, config.data), in_chans(spec))
     numbers = range(-(-len(index) // config.batch_size))
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    spans = BlockSpans(numbers, len(index), config.batch_size, config.batch_size, rank, world_size)
-    loader = build_loader(samples, spans, num_workers=config.num_workers, fetching=fetching)  # type: ignore[arg-type]
+    spans = BlockSpans(
+        numbers,
+        num_samples=len(index),
+        block=config.batch_size,
+        batch_size=config.batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader = build_loader(samples, spans, num_workers=config.num_workers, fetching=fetching)
     correct = count_correct(damage, Normalize(spec.mean, spec.std), zip(spans, loader, strict=True), index, accelerator)
     rows = [
         _row(damage, condition, int(n), len(index)) for condition, n in zip(damage.conditions, correct, strict=True)

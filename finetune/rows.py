@@ -83,8 +83,8 @@ def _report(unreadable: dict[int, str], index: ShardIndex) -> None:
     if unreadable:
         first = min(unreadable)
         print(
-            f"{len(unreadable)} of {len(index)} images could not be read; their rows are empty, and the file says why (the first: "
-            f"{location(index, first)}, {index.key(first)}: {unreadable[first]})",
+            f"{len(unreadable)} of {len(index)} images could not be read: their rows are empty, and the file says why "
+            f"(the first: {location(index, first)}, {index.key(first)}: {unreadable[first]})",
             file=sys.stderr,
             flush=True,
         )

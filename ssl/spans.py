@@ -3,7 +3,7 @@
 Without torch, so that the process that fetches remote shards knows them without loading it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class Spans:
@@ -64,3 +64,44 @@ class EvalSpans:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(self.first, self.last, self.batch_size):
             yield start, min(start + self.batch_size, self.last)
+
+
+class BlockSpans:
+    """Positions of whole blocks, batch by batch, the blocks dealt out among ranks in turn.
+
+    Block b covers positions b * block to (b + 1) * block - 1, and no batch reaches over its end: whatever the number of
+    ranks, and whichever blocks are done already, batches consist of the same samples.
+    """
+
+    def __init__(
+        self, blocks: Sequence[int], *, num_samples: int, block: int, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self.blocks = blocks  # those that are still to be done
+        self.num_samples, self.block, self.batch_size = num_samples, block, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def of_rank(self, rank: int) -> "BlockSpans":
+        """Returns the spans that another rank reads."""
+        sizes = {"num_samples": self.num_samples, "block": self.block, "batch_size": self.batch_size}
+        return BlockSpans(self.blocks, **sizes, rank=rank, world_size=self.world_size)
+
+    @property
+    def largest(self) -> int:
+        """The most positions in a span."""
+        return max(1, min(self.batch_size, self.block, self.num_samples))
+
+    def __len__(self) -> int:
+        sizes = (min(self.block, self.num_samples - number * self.block) for number in self._mine())
+        return sum(-(-size // self.batch_size) for size in sizes)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for number in self._mine():
+            last = min((number + 1) * self.block, self.num_samples)
+            for start in range(number * self.block, last, self.batch_size):
+                yield start, min(start + self.batch_size, last)
+
+    def _mine(self) -> Sequence[int]:
+        return self.blocks[self.rank :: self.world_size]
+
+
+AnySpans = Spans | EvalSpans | BlockSpans

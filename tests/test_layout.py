@@ -69,6 +69,7 @@ ORDER = [
     "decoder",
     "mae",
     "sources",
+    "loose_files",
     "encode",
     "shard_records",
     "shards",
@@ -92,7 +93,11 @@ ORDER = [
     "pictures",
     "pretrain",
 ]
-FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+FINETUNE_ORDER = [
+    "config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe",
+    "use_config", "inputs", "network", "parts", "rows", "tables", "predict", "embeddings", "embed",
+    "neighbors_picture", "neighbors", "occlusion", "damage", "robustness_picture", "robustness",
+]  # fmt: skip
 
 
 def files(folder: str) -> list[Path]:
