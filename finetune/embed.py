@@ -31,10 +31,10 @@ class Embedder(nn.Module):
     `forward_head(..., pre_logits=True)` does.
     """
 
-    def __init__(self, encoder: Encoder, pool: str, layers: Sequence[int] | None) -> None:
+    def __init__(self, encoder: Encoder, pool: str, layers: Sequence[int] | None, *, normed: bool = False) -> None:
+        """`normed` says that the weights have a norm behind the pooling. Raises InputError for what is not there."""
         super().__init__()
-        self.encoder, self.pool, self.layers = encoder, pool, layers
-        self.timm = encoder.timm
+        self.encoder, self.pool, self.layers, self.normed = encoder, pool, layers, normed
         if pool == "token" and getattr(self.timm, "cls_token", None) is None:
             raise InputError(f"pool token: a {type(self.timm).__name__} without a class token; use pool avg")
         if layers is not None and (odd := [i for i in layers if not -self.depth <= i < self.depth]):
@@ -42,6 +42,11 @@ class Embedder(nn.Module):
             raise InputError(
                 f"layers {odd[0]}: there are {self.depth} {what}, 0 to {self.depth - 1}, or -1 to -{self.depth}"
             )
+
+    @property
+    def timm(self) -> Any:
+        """The model; no module of this one as well, or its weights would be there twice."""
+        return self.encoder.timm
 
     @property
     def depth(self) -> int:
@@ -73,23 +78,24 @@ class Embedder(nn.Module):
         if self.pool == "token":
             return tokens[:, 0].float()
         mean = tokens[:, self.encoder.num_prefix_tokens :].float().mean(dim=1)
-        return self.timm.fc_norm(mean).float() if last and hasattr(self.timm, "fc_norm") else mean
+        return self.timm.fc_norm(mean).float() if last and self.normed else mean
 
 
 def open_embedder(config: Any) -> Network:
     """Returns the network that `config` (an EmbedConfig) names. Raises InputError."""
     weights, spec = open_weights(config.init, config.encoder, config.data)
     encoder, said = load_encoder(spec, weights)
-    _load_norm(encoder, weights)
-    embedder = Embedder(encoder, config.pool, config.layers)
+    embedder = Embedder(encoder, config.pool, config.layers, normed=_load_norm(encoder, weights))
     return Network(embedder, spec, crop_of(encoder.timm, config.init, config.data), said)
 
 
-def _load_norm(encoder: Encoder, weights: Weights) -> None:
-    """Gives the norm behind the pooling, where the model has one, the weights of the classifier it comes from."""
+def _load_norm(encoder: Encoder, weights: Weights) -> bool:
+    """Loads the norm that a classifier has behind its pooling; returns whether there is one."""
     names = [f"fc_norm.{name}" for name in getattr(encoder.timm, "fc_norm", nn.Identity()).state_dict()]
-    if names and all(name in weights.head for name in names):
-        encoder.timm.load_state_dict({name: weights.head[name] for name in names}, strict=False)
+    if not names or any(name not in weights.head for name in names):
+        return False
+    encoder.timm.load_state_dict({name: weights.head[name] for name in names}, strict=False)
+    return True
 
 
 def embed(images: Sequence[str], config: EmbedConfig) -> int:

@@ -19,7 +19,7 @@ from quarterlight.ssl.stage import cache_folder
 from .embeddings import Embeddings
 
 MOST_SHOWN = 8  # neighbors of a query: more would be too small
-LONGEST_NAME = 18  # characters under a picture
+LONGEST_NAME = 21  # characters under a picture
 TILE = 160  # pixels: pictures are made this large at least, and at most twice as large
 
 

@@ -78,6 +78,7 @@ class Parts:
                 f"{mine.get(key)}): give the same options to finish them, or delete the folder"
             )
         remove_leftovers(self.folder)
+        remove_leftovers(self.out.parent, self.out.name)
         return [number for number in range(len(self)) if not self.file(number).is_file()]
 
     def write(self, part: Part) -> None:

@@ -44,12 +44,12 @@ def robustness(config: RobustnessConfig) -> dict[str, Any]:
     """
     accelerator = build_accelerator(config.precision)
     run_dir = Path(config.run_dir)
-    on_all(lambda: open_run(config) if accelerator.is_main_process else None)  # type: ignore[arg-type]
+    on_all(lambda: open_run(config) if accelerator.is_main_process else None)
     damage, spec, said = on_all(lambda: _open(config, accelerator))
     index, fetching = open_images(sources(config.data.val), config.data, accelerator)
     on_all(lambda: _check(index, damage.classifier.num_classes))
     if accelerator.is_main_process:
-        write_run_files(run_dir, config, processes=accelerator.num_processes)  # type: ignore[arg-type]
+        write_run_files(run_dir, config, processes=accelerator.num_processes)
         print(f"{said}\n{len(index)} images under {len(damage.conditions)} conditions", flush=True)
     samples = InputSamples(index, crop_of(damage.classifier, config.init, config.data), in_chans(spec))
     numbers = range(-(-len(index) // config.batch_size))

@@ -8,6 +8,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from quarterlight.ssl.export import ModelSpec, export_weights
 
@@ -44,18 +45,22 @@ def images(folder: Path, count: int = 7, *, side: int = 16) -> list[Path]:
     paths = [folder / (f"sub/{i}.png" if i % 3 == 2 else f"{i}.png") for i in range(count)]
     for i, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, 120, (side, side, 3), np.uint8)
-        pixels[:, :, i % 3] += np.uint8(10 * (i % 13))
-        Image.fromarray(pixels).save(path)
+        values = random.integers(0, 120, (side, side, 3), np.uint8)
+        values[:, :, i % 3] += np.uint8(10 * (i % 13))
+        Image.fromarray(values).save(path)
     return sorted(paths, key=lambda path: (len(path.parts), path.name))
+
+
+def pixels(path: Path) -> Image.Image:
+    """Returns an image, with its file closed."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def prepared(paths: list[Path]) -> torch.Tensor:
     """Returns the images as PIL decodes them, normalized as torchvision does."""
-    from torchvision.transforms import Compose, Normalize, ToTensor
-
     transform = Compose([ToTensor(), Normalize(MEAN, STD)])
-    return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    return torch.stack([transform(pixels(path)) for path in paths])
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -87,7 +87,8 @@ def test_the_command_finds_an_image_by_itself_and_draws_it(bank, tmp_path):
     first = next(row for row in rows if row["query_key"] == "a copy $.png")
     assert (first["key"], first["rank"], first["label"]) == ("val00011", "1", "3")
     assert float(first["similarity"]) == pytest.approx(1, abs=1e-5)
-    assert Image.open(tmp_path / "out" / "neighbors.png").size[0] >= 600
+    with Image.open(tmp_path / "out" / "neighbors.png") as picture:
+        assert picture.size[0] >= 600
     assert json.loads((tmp_path / "out" / "result.json").read_text())["queries"] == 5
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from classifiers import ENVIRONMENT, MEAN, STD, SWIN, VIT, classifier, images, prepared
+from classifiers import ENVIRONMENT, MEAN, STD, SWIN, VIT, classifier, images, pixels, prepared
 from conftest import KILLED_BEFORE, TINY, arguments, command, write_tars
-from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -64,7 +63,7 @@ def test_a_swin_and_another_image_size_are_those_of_timm_within_the_rounding_of_
     predict([str(tmp_path / "images")], config(file, tmp_path / "out.csv", top_k=4, data=CropConfig(crop_pct=0.8)))
     transform = create_transform((3, 64, 64), mean=MEAN, std=STD, interpolation="bicubic", crop_pct=0.8)
     with torch.no_grad():
-        wanted = swin(torch.stack([transform(Image.open(path)) for path in paths])).softmax(dim=1)
+        wanted = swin(torch.stack([transform(pixels(path)) for path in paths])).softmax(dim=1)
     for row, probabilities in zip(table(tmp_path / "out.csv"), wanted, strict=True):
         found = {int(row[f"class_{k}"]): float(row[f"prob_{k}"]) for k in (1, 2, 3, 4)}
         assert found == pytest.approx(dict(enumerate(probabilities.tolist())), abs=0.02)
