@@ -1,7 +1,7 @@
 """The features of every image of a folder or of shards, in one file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,12 @@ def embed(images: Sequence[str], config: EmbedConfig) -> int:
     def compute(x: Tensor) -> dict[str, Tensor]:
         return {"features": network.model(x).to(getattr(torch, config.dtype))}
 
-    def write(index: ShardIndex, parts: Parts, partial: Path) -> dict[int, str]:
+    def write(index: ShardIndex, parts: Parts, partial: Path) -> None:
         if out.suffix == PARQUET:
-            return _write_table(index, parts, partial)
-        return write_embeddings(index, parts, partial, _metadata(config, network), config.dtype)
+            columns = {**ROW_NAMES, "features": "floats", "error": "text"}
+            write_table(partial, PARQUET, columns, (_rows(index, part) for part in parts))
+        else:
+            write_embeddings(index, parts, partial, _metadata(config, network), config.dtype)
 
     options = {"command": "embed", "pool": config.pool, "layers": config.layers, "dtype": config.dtype}
     return write_rows(images, config, out, accelerator, network, options, compute, write)
@@ -133,20 +135,9 @@ def _metadata(config: EmbedConfig, network: Network) -> dict[str, str]:
     }
 
 
-def _write_table(index: ShardIndex, parts: Parts, partial: Path) -> dict[int, str]:
-    """Writes a Parquet table, and returns why images could not be read."""
-    unreadable: dict[int, str] = {}
-
-    def blocks() -> Iterator[Rows]:
-        for part in parts:
-            unreadable.update(part.unreadable)
-            yield [_row(index, part, i) for i in range(len(part.tensors["features"]))]
-
-    write_table(partial, PARQUET, {**ROW_NAMES, "features": "floats", "error": "text"}, blocks())
-    return unreadable
-
-
-def _row(index: ShardIndex, part: Part, i: int) -> dict[str, Any]:
-    error = part.unreadable.get(part.start + i)
-    features = part.tensors["features"][i].float().numpy() if error is None else None
-    return {**row_names(index, part.start + i), "features": features, "error": error}
+def _rows(index: ShardIndex, part: Part) -> Rows:
+    rows: Rows = []
+    for sample, features in enumerate(part.tensors["features"].float().numpy(), part.start):
+        error = part.unreadable.get(sample)
+        rows.append({**row_names(index, sample), "features": features if error is None else None, "error": error})
+    return rows

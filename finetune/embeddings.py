@@ -58,20 +58,17 @@ def _strings(lines: Tensor) -> list[str]:
     return lines.numpy().tobytes().decode("utf-8", "surrogateescape").split("\n")
 
 
-def write_embeddings(
-    index: ShardIndex, parts: Parts, partial: Path, metadata: dict[str, str], dtype: str
-) -> dict[int, str]:
-    """Writes a .safetensors without holding all features in memory, and returns why images could not be read.
+def write_embeddings(index: ShardIndex, parts: Parts, partial: Path, metadata: dict[str, str], dtype: str) -> None:
+    """Writes a .safetensors without holding all features in memory.
 
     Its tensors: features [n, D], NaN where an image could not be read; label [n], -1 where there is none; and path and
     key, the UTF-8 bytes of n lines each.
     """
-    unreadable = parts.unreadable()
     lines = {column: _lines(index, column) for column in ("path", "key")}
     width = parts.width("features")
     shapes = {"label": ("I64", [len(index)]), "features": (DTYPES[dtype], [len(index), width])}
     shapes |= {key: ("U8", [len(value)]) for key, value in lines.items()}
-    metadata = metadata | {"unreadable": json.dumps(unreadable)}
+    metadata = metadata | {"unreadable": json.dumps(parts.unreadable())}
     with partial.open("wb") as file:
         file.write(_header(shapes, metadata))
         file.write(index.label.astype("<i8").tobytes())
@@ -81,7 +78,6 @@ def write_embeddings(
             file.write(features.numpy().tobytes())
         for value in lines.values():
             file.write(value)
-    return unreadable
 
 
 def _lines(index: ShardIndex, column: str) -> bytes:

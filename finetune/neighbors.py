@@ -156,12 +156,12 @@ def _embed_config(config: NeighborsConfig, bank: Embeddings, out: Path) -> Embed
         known = bank.metadata
         read = {key: json.loads(known[key]) for key in ("timm_args", "img_size", "crop_pct", "mean", "std", "layers")}
         args = {key: value for key, value in read["timm_args"].items() if key not in ("img_size", "global_pool")}
-        crop = {"img_size": tuple(read["img_size"]), "crop_pct": read["crop_pct"]}
-        normal = {"mean": tuple(read["mean"]), "std": tuple(read["std"])}
+        crop: dict[str, Any] = {"img_size": tuple(read["img_size"]), "crop_pct": read["crop_pct"]}
+        crop |= {"mean": tuple(read["mean"]), "std": tuple(read["std"]), "cache_dir": config.cache_dir}
         return EmbedConfig(
             init=config.init or known["init"],
             encoder=EncoderConfig(name=known["architecture"], args=args),
-            data=CropConfig(**crop, **normal, cache_dir=config.cache_dir),
+            data=CropConfig(**crop),
             pool=known["pool"],  # type: ignore[arg-type]
             layers=None if read["layers"] is None else tuple(read["layers"]),
             out=str(out / "queries.safetensors"),

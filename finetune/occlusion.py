@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.masking import Masking
+from quarterlight.ssl.patches import pair
 from quarterlight.ssl.randoms import hashes
 
 
@@ -98,7 +99,7 @@ class Saliency:
         return rows[:, prefix:].view(-1, *self.encoder.grid)
 
     def _of_windows(self, received: Float[Tensor, "BW L"], count: int) -> Float[Tensor, "B h w"]:
-        size, shift = tuple(map(int, self.block.window_size)), tuple(map(int, self.block.shift_size))
+        size, shift = pair(self.block.window_size), pair(self.block.shift_size)
         height, width = self.encoder.grid
         grid = window_reverse(received.view(-1, *size, 1), size, height, width)  # [B, h, w, 1]
         return torch.roll(grid, shift, dims=(1, 2)).view(count, height, width)

@@ -118,19 +118,16 @@ class Parts:
                 "delete it and start the same command again"
             ) from error
 
-    def join(self, write: Callable[["Parts", Path], dict[int, str]]) -> dict[int, str]:
-        """Has `write(parts, partial)` write the whole file, and deletes the parts. Returns what it does.
+    def join(self, write: Callable[["Parts", Path], None]) -> dict[int, str]:
+        """Has `write(parts, partial)` write the whole file, and deletes the parts.
 
-        That is why each image that could not be read, by its number. Raises InputError when none could.
+        Returns why each image that could not be read, by its number. Raises InputError when none could.
         """
-        unreadable: dict[int, str] = {}
-
-        def write_all(partial: Path) -> None:
-            unreadable.update(write(self, partial))
-            if len(unreadable) == self.num_images:
-                raise InputError(f"none of {self.num_images} images could be read (the first: {unreadable[0]})")
-
-        replace_file(self.out, write_all)
+        unreadable = self.unreadable()
+        if len(unreadable) == self.num_images:
+            shutil.rmtree(self.folder)  # nothing in it is worth keeping, and mended images are other ones
+            raise InputError(f"none of {self.num_images} images could be read (the first: {unreadable[0]})")
+        replace_file(self.out, lambda partial: write(self, partial))
         shutil.rmtree(self.folder)
         return unreadable
 

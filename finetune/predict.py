@@ -1,6 +1,6 @@
 """The most probable classes of every image of a folder or of shards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -32,8 +32,8 @@ def predict(images: Sequence[str], config: PredictConfig) -> int:
         probability, number = network.model(x).float().softmax(dim=1).topk(top_k, dim=1)  # [B, k]
         return {"class": number, "probability": probability}
 
-    def write(index: ShardIndex, parts: Parts, partial: Path) -> dict[int, str]:
-        return _write(index, parts, partial, kind=out.suffix, top_k=top_k, names=names)
+    def write(index: ShardIndex, parts: Parts, partial: Path) -> None:
+        _write(index, parts, partial, kind=out.suffix, top_k=top_k, names=names)
 
     options = {"command": "predict", "top_k": top_k}
     return write_rows(images, config, out, accelerator, network, options, compute, write)
@@ -67,23 +67,12 @@ def _names_in(file: str) -> list[str]:
         ) from error
 
 
-def _write(
-    index: ShardIndex, parts: Parts, partial: Path, *, kind: str, top_k: int, names: list[str] | None
-) -> dict[int, str]:
-    """Writes the table, and returns why images could not be read, by their number."""
+def _write(index: ShardIndex, parts: Parts, partial: Path, *, kind: str, top_k: int, names: list[str] | None) -> None:
     columns = dict(ROW_NAMES)
     for i in range(1, top_k + 1):
         columns |= {f"class_{i}": "int"} | ({f"name_{i}": "text"} if names else {}) | {f"prob_{i}": "float"}
     columns["error"] = "text"
-    unreadable: dict[int, str] = {}
-
-    def blocks() -> Iterator[Rows]:
-        for part in parts:
-            unreadable.update(part.unreadable)
-            yield _rows(index, part, columns, names)
-
-    write_table(partial, kind, columns, blocks())
-    return unreadable
+    write_table(partial, kind, columns, (_rows(index, part, columns, names) for part in parts))
 
 
 def _rows(index: ShardIndex, part: Part, columns: dict[str, str], names: list[str] | None) -> Rows:

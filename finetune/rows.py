@@ -24,7 +24,7 @@ from .parts import Parts, compute_parts
 from .use_config import OutConfig
 
 Compute = Callable[[Float[Tensor, "B C H W"]], dict[str, Tensor]]  # from normalized images, a row for each
-Write = Callable[[ShardIndex, Parts, Path], dict[int, str]]  # returns why images could not be read
+Write = Callable[[ShardIndex, Parts, Path], None]  # of the whole file, to a path
 
 
 class Network(NamedTuple):
