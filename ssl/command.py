@@ -151,6 +151,13 @@ def parse_config(config_class: type[Config], description: str | None, args: Sequ
     return instantiate(parser, config_class, parse(parser, args))
 
 
+def parse_images(config_class: type[Config], description: str | None) -> tuple[list[str], Config]:
+    """Returns the images that the command line names before its options, and the config that these give."""
+    parser = parser_for(config_class, description or "", [("images...", "folders, image files, or shards")])
+    parsed = parse(parser)
+    return parsed.pop("images"), instantiate(parser, config_class, parsed)
+
+
 def instantiate(parser: CommandParser, config_class: type[Config], parsed: Namespace) -> Config:
     """Returns `config_class` built from parsed arguments."""
     parsed.pop("config", None)

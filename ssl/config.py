@@ -299,9 +299,11 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
-        "stall_timeout_s": (1, None), "trainable_blocks": (0, None), "every_steps": (0, None), "images": (1, None),
+    "stall_timeout_s": (1, None), "trainable_blocks": (0, None), "every_steps": (0, None), "images": (1, None),
     "momentum": (0, 0.9999999), "trust_coeff": (1e-9, None), "shots": (1, None), "draws": (1, None),
     "regression_c": (1e-9, None),
+    "part_images": (1, None), "top_k": (1, None), "pictures": (0, None),
+    "patch": (1, None), "drop_shares": (1e-9, 0.999), "shuffle_grids": (2, None),
 }  # fmt: skip
 
 

@@ -322,7 +322,7 @@ def documented_options(config: type, prefix: str = "") -> dict[str, str]:
 def config_class_of(script: Path) -> type | None:
     """Returns the one config class that a launch script imports at its top."""
     for node in ast.parse(script.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(".config"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("config"):
             names = [alias.name for alias in node.names if alias.name.endswith("Config")]
             return getattr(importlib.import_module(node.module), names[0])
     return None
