@@ -12,7 +12,7 @@ from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.randoms import uniforms
-from quarterlight.ssl.released import load_encoder
+from quarterlight.ssl.released import encoder_with_weights
 
 from .network import open_weights
 from .occlusion import Saliency, drop_patches, drop_ranks, leave_out, on_patches, shuffle_sizes, shuffle_tiles
@@ -117,7 +117,7 @@ def _saliency(config: RobustnessConfig, encoder: Encoder) -> Saliency:
     """Returns what says which patches are salient: the evaluated network, or the one that `config.saliency` names."""
     if config.saliency is not None:
         weights, spec = open_weights(config.saliency, EncoderConfig(), CropConfig(img_size=encoder.img_size))
-        encoder, _ = load_encoder(spec, weights)
+        encoder, _ = encoder_with_weights(spec, weights)
     model = encoder.timm
     by_class_token = getattr(model, "cls_token", None) is not None and model.global_pool == "token"
     return Saliency(encoder, by_class_token=by_class_token)

@@ -13,7 +13,7 @@ from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex
 from quarterlight.ssl.processes import build_accelerator, on_all
-from quarterlight.ssl.released import Weights, load_encoder
+from quarterlight.ssl.released import Weights, encoder_with_weights
 from quarterlight.ssl.runs import environment
 
 from .embeddings import write_embeddings
@@ -84,7 +84,7 @@ class Embedder(nn.Module):
 def open_embedder(config: Any) -> Network:
     """Returns the network that `config` (an EmbedConfig) names. Raises InputError."""
     weights, spec = open_weights(config.init, config.encoder, config.data)
-    encoder, said = load_encoder(spec, weights)
+    encoder, said = encoder_with_weights(spec, weights)
     embedder = Embedder(encoder, config.pool, config.layers, normed=_load_norm(encoder, weights))
     return Network(embedder, spec, crop_of(encoder.timm, config.init, config.data), said)
 
