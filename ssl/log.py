@@ -58,7 +58,7 @@ class RunLog:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self.append(self.metrics_path.name, [{"step": step, **finite}])
-        with self._spared():
+        with self.spared():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
         shown = {name: value for name, value in values.items() if name not in COUNTS or value}
@@ -70,24 +70,24 @@ class RunLog:
     def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         """Records a picture in TensorBoard."""
         if self.enabled:
-            with self._spared():
+            with self.spared():
                 self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Appends records to a JSONL file of the run."""
         if self.enabled:
-            with self._spared():
+            with self.spared():
                 append_jsonl(self.run_dir / name, records)
 
     def close(self) -> None:
         """Ends the progress bar and writes out what TensorBoard still holds."""
         if self.enabled:
             self.bar.close()
-            with self._spared():
+            with self.spared():
                 self.writer.close()
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
+    def spared(self) -> Iterator[None]:
         """Goes on where a record cannot be written, and says so once: only states are worth ending a run for."""
         try:
             yield

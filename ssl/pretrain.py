@@ -25,7 +25,7 @@ from .mae import MaskedAutoencoder, attach_decoder
 from .masking import MaskSampler
 from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
-from .pictures import reconstruction_picture, save_png
+from .pictures import filmstrip, reconstruction_picture, save_png, step_picture
 from .recompute import checkpoint_blocks
 from .released import load_encoder
 from .runs import write_result, write_run_files
@@ -36,6 +36,7 @@ from .targets import PCATarget
 from .task import Figures, Hooks, Task
 
 PICTURE_IMAGES = 16
+PICTURE_PIXELS = 1_300_000  # of all panels of a picture: 8 images of 224 x 224
 COMPONENT_IMAGES = 2048  # principal components are fitted to
 STATISTICS_IMAGES = 512  # batch norms are measured on
 
@@ -196,18 +197,21 @@ class Painter:
     """Draws what the autoencoder makes of some fixed images under fixed masks, on the main process."""
 
     def __init__(self, opened: Opened, whole: Whole[PretrainTask], masks: MaskSampler) -> None:
-        self.whole, self.accelerator = whole, opened.accelerator
-        self.png = opened.run_dir / "reconstructions.png"
+        self.whole, self.accelerator, self.run_dir = whole, opened.accelerator, opened.run_dir
+        self.size = whole.module.autoencoder.encoder.img_size
         index = opened.val or opened.train
         near = index.cache is not None  # from all shards, unless each of them would have to be fetched
         last = int((index.shard == index.shard[0]).sum() if near else len(index)) - 1
-        picked = np.linspace(0, last, min(PICTURE_IMAGES, last + 1)).astype(np.int64)
-        crop = CenterCrop(whole.module.autoencoder.encoder.img_size, opened.config.data.crop_pct)
-        samples = opened.samples(index, FileOrder(picked), crop, masks)
+        fitting = max(4, PICTURE_PIXELS // (3 * self.size[0] * self.size[1]))
+        picked = np.linspace(0, last, min(PICTURE_IMAGES, fitting, last + 1)).astype(np.int64)
+        samples = opened.samples(index, FileOrder(picked), CenterCrop(self.size, opened.config.data.crop_pct), masks)
         self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None
 
     def draw(self, step: int, log: RunLog, signals: StopSignals) -> Figures:
-        """Writes reconstructions.png and the same picture to TensorBoard."""
+        """Writes the newest picture, also under its step below pictures/, and to TensorBoard; at the end, a filmstrip.
+
+        A disk that refuses one ends no run.
+        """
         del signals  # it takes a moment only
         if self.batch is not None:
             autoencoder, normalize = self.whole.module.autoencoder, self.whole.module.normalize
@@ -219,6 +223,12 @@ class Painter:
                 result = autoencoder.forward(images, batch.masking)  # not compiled: it is of another size, for once
             autoencoder.train()
             picture = reconstruction_picture(autoencoder, images, result, mean=normalize.mean, std=normalize.std)
-            save_png(self.png, picture)
             log.picture(step, "reconstructions (masked, predicted, original)", picture)
+            folder = self.run_dir / "pictures"
+            with log.spared():
+                save_png(step_picture(folder, step), picture)
+                save_png(self.run_dir / "reconstructions.png", picture)
+                if step == log.total_steps and (film := filmstrip(folder, self.size, step)) is not None:
+                    save_png(folder / "filmstrip.png", film)
+                    log.picture(step, "filmstrip (masked, predicted after so many steps, original)", film)
         return {}

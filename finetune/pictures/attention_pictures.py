@@ -1,0 +1,122 @@
+"""Pictures of attention: how far every head looks, and which patches an image's tokens are made of in the end."""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib import colormaps
+from torch import Tensor
+
+from quarterlight.ssl.encoder import Encoder
+from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.swin import SwinEncoder
+
+from .attention import block_names, mean_attention_distance, on_image, rollout
+from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, show_montage
+
+ROLLED_OUT = 6  # images
+
+
+def draw_attention_distance(
+    encoder: Encoder, images: Float[Tensor, "B C H W"]
+) -> tuple[Picture, dict[str, list[float]]]:
+    """Draws the mean attention distance of every head (ViT paper, figure 7 right), and returns it by block, in pixels.
+
+    Raises CannotDraw for attention that cannot be read.
+    """
+    try:
+        distances = [x.tolist() for x in mean_attention_distance(encoder, images)]
+    except InputError as error:
+        raise CannotDraw(str(error)) from error
+    height, width = encoder.img_size
+    windows = isinstance(encoder, SwinEncoder)
+    picture = new_picture(
+        "attention_distance",
+        f"Mean attention distance of every head, in pixels of {height} x {width} images",
+        f"Distance between a patch and the patches that it attends to, weighted by attention, over {len(images)} images"
+        + (" (class and register tokens left out)" if encoder.num_prefix_tokens else "")
+        + (", within windows, which bound it. " if windows else ". ")
+        + "Dots are heads, the line is their mean. Low: a head looks nearby; the dashed line is where a head would look "
+        "that attends to "
+        + ("its whole window alike." if windows else "all patches alike."),
+        height=3.8,
+    )
+    axes = picture.figure.subplots()
+    names = block_names(encoder)
+    places = np.arange(1, len(names) + 1)
+    stages = [name.partition(",")[0] if windows else "" for name in names]
+    for i, stage in enumerate(dict.fromkeys(stages)):
+        mine = [b for b in range(len(names)) if stages[b] == stage]
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        for b in mine:
+            count = len(distances[b])
+            spread = np.linspace(-0.16, 0.16, count) if count > 1 else np.zeros(1)
+            axes.scatter(places[b] + spread, distances[b], s=16, color=color, marker=marker, alpha=0.75, linewidths=0)
+        means = [float(np.mean(distances[b])) for b in mine]
+        axes.plot(places[mine], means, color=color, linewidth=1.5, label=stage or "mean of the heads")
+    even = [float(x) for x in _even_distance(encoder, images[:1])]
+    axes.step([places[0] - 0.5, *(places + 0.5)], [even[0], *even], color="#777777", linestyle="--", linewidth=1, where="pre")
+    axes.set_ylim(bottom=0, top=1.08 * max(max(map(max, distances)), max(even)))
+    axes.set_xticks(places, [name.rpartition(" ")[2] for name in names], fontsize=8)
+    axes.set_xlabel("block" + (" of its stage" if windows else ""), fontsize=9)
+    axes.set_ylabel("pixels", fontsize=9)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    if windows:
+        axes.legend(fontsize=8, frameon=False, ncols=4)
+    return picture, dict(zip(names, distances, strict=True))
+
+
+def _even_distance(encoder: Encoder, image: Float[Tensor, "1 C H W"]) -> list[Float[Tensor, ""]]:
+    """Returns the distance of a head that attends to all alike, for each block; over pairs that are not masked."""
+    from .attention import attention_weights, blocks_of, grid_places, mean_distance
+
+    first = encoder.num_prefix_tokens
+    blocks = blocks_of(encoder)
+    found: list[Tensor] = []
+    for weights, block in zip(attention_weights(encoder, image, lambda w: w[:, :1]), blocks, strict=True):
+        if isinstance(encoder, SwinEncoder):
+            allowed = torch.ones_like(weights)
+            if block.attn_mask is not None:
+                allowed = (block.attn_mask >= 0).to(weights)[:, None]
+            side = encoder.img_size[0] // block.input_resolution[0]
+            found.append(mean_distance(allowed, grid_places(tuple(block.window_size), side, weights))[0])
+        else:
+            places = grid_places(encoder.grid, encoder.unit_size, weights)
+            found.append(mean_distance(torch.ones_like(weights[:, :, first:, first:]), places)[0])
+    return found
+
+
+def draw_rollout(
+    encoder: Encoder, images: Float[Tensor, "B C H W"], shown: Float[np.ndarray, "B h w 3"]
+) -> Picture:
+    """Draws attention rolled out to the image (Abnar & Zuidema 2020): image, map, and the map over the image.
+
+    `images` are normalized, `shown` the same in color. Raises CannotDraw for attention that cannot be read.
+    """
+    images, shown = images[:ROLLED_OUT], shown[:ROLLED_OUT]
+    try:
+        maps = on_image(encoder, rollout(encoder, images))[:, 0].cpu().numpy()
+    except InputError as error:
+        raise CannotDraw(str(error)) from error
+    has_class = getattr(encoder.timm, "cls_token", None) is not None
+    least, most = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    heat = (maps - least) / np.maximum(most - least, 1e-12)
+    colored = colormaps["magma"](heat)[..., :3].astype(np.float32)
+    over = shown * (0.2 + 0.8 * heat[..., None])
+    triples = [list(triple) for triple in zip(shown, colored, over, strict=True)]
+    half = -(-len(triples) // 2)
+    rows = [triples[i] + (triples[i + half] if i + half < len(triples) else [None] * 3) for i in range(half)]
+    rows = rows if len(triples) > 1 else [triples[0]]
+    of = "the class token" if has_class else "the mean of all tokens"
+    picture = new_picture(
+        "rollout",
+        f"Attention rolled out: which patches {of} comes from",
+        "Image, rolled-out attention, and the image lit by it. Attention averaged over heads, half of it the residual "
+        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range: bright is the largest "
+        f"share, from {float(least.min() * maps[0].size / maps[0].size):.2g} to {float(most.max()):.2g} of a patch over all maps."
+        + (" In a Swin merged tokens count as equal parts." if isinstance(encoder, SwinEncoder) else ""),
+        height=montage_height(len(rows), len(rows[0]), shown.shape[1] / shown.shape[2]),
+    )
+    show_montage(picture.figure.subplots(), rows, columns=["image", "attention", "both"] * (len(rows[0]) // 3))
+    return picture
