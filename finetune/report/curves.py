@@ -171,6 +171,7 @@ def _dress(figure: go.Figure, x_title: str, x_type: str, menus: list[dict[str, A
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hovermode="x unified",
+        hoverdistance=-1,  # however far the next point is
         font={"family": "system-ui, sans-serif", "size": 12},
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
         showlegend=len(figure.data) > 1,
