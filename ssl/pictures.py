@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,8 +96,9 @@ def filmstrip(folder: Path, size: tuple[int, int], last_step: int) -> UInt8[np.n
     found = sorted((int(m[1]), path) for path in folder.glob("step-*.png") if (m := STEP_NAME.fullmatch(path.name)))
     found = [(step, path) for step, path in found if step <= last_step]
     chosen = sorted(set(np.linspace(0, len(found) - 1, min(FILM_STEPS, len(found))).round().astype(int).tolist()))
-    cut = [(found[i][0], _triples(found[i][1], size)) for i in chosen]
-    cut = [(step, triples) for step, triples in cut if triples is not None and triples.shape == cut[-1][1].shape]
+    read = [(found[i][0], _triples(found[i][1], size)) for i in chosen]
+    whole = [(step, triples) for step, triples in read if triples is not None]
+    cut = [(step, triples) for step, triples in whole if triples.shape == whole[-1][1].shape]
     if len(cut) < 2:
         return None
     newest = cut[-1][1]
@@ -105,7 +106,7 @@ def filmstrip(folder: Path, size: tuple[int, int], last_step: int) -> UInt8[np.n
     return _labelled(np.stack(columns, axis=1)[:FILM_IMAGES], ["masked", *(f"step {s}" for s, _ in cut), "original"])
 
 
-def _triples(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "n 3 H W 3"] | Any:
+def _triples(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "n 3 H W 3"] | None:
     """Returns the images of a picture that `reconstruction_picture` drew; None where it is none of that size."""
     try:
         with Image.open(path) as opened:

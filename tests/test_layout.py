@@ -93,6 +93,21 @@ ORDER = [
     "pretrain",
 ]
 FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+# finetune/pictures/, which no stage may import: matplotlib costs seconds, and pictures are no part of training.
+PICTURES = "finetune/pictures"
+PICTURES_ORDER = [
+    "config",
+    "figure",
+    "images",
+    "autoencoders",
+    "attention",
+    "attention_pictures",
+    "weight_pictures",
+    "feature_pictures",
+    "reconstructions",
+    "curves",
+    "visualize",
+]
 
 
 def files(folder: str) -> list[Path]:
@@ -119,6 +134,7 @@ def imported(file: Path) -> set[tuple[str, str]]:
 def test_packages_are_the_folders_with_code():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
+    assert folders == {Path(folder) for folder in (*ROOMS, PICTURES)}
     assert {f"quarterlight.{'.'.join(folder.parts)}" for folder in folders} == set(setuptools["packages"])
     assert setuptools["package-dir"] == {f"quarterlight.{folder}": str(folder) for folder in folders}
 
@@ -133,7 +149,7 @@ def test_ssl_from_the_root_is_the_standard_library():
     assert Path(found.stdout.strip()).is_relative_to(sysconfig.get_path("stdlib"))
 
 
-@pytest.mark.parametrize("folder", [*ROOMS, "launch"])
+@pytest.mark.parametrize("folder", [*ROOMS, PICTURES, "launch"])
 def test_no_file_has_the_name_of_a_module_it_would_hide(folder):
     taken = set(sys.stdlib_module_names) | {"torch", "timm", "accelerate", "numpy", "webdataset", "tensorboard"}
     assert not {file.stem for file in files(folder)} & taken
@@ -145,18 +161,32 @@ def test_imports_stay_inside_the_walls(folder):
     assert {room for _, room in crossings} <= MAY_IMPORT[folder], crossings
 
 
-@pytest.mark.parametrize(("room", "order"), [("ssl", ORDER), ("finetune", FINETUNE_ORDER)])
+def test_pictures_are_imported_by_no_stage():
+    inside = {("finetune", "pictures")}
+    allowed = {"visualize.py", "report.py", "playground.py"}
+    importing = {file.name for folder in (*ROOMS, "launch") for file in files(folder) if imported(file) & inside}
+    assert importing <= allowed
+    for file in files(PICTURES):
+        rooms = {room for room, _ in imported(file)}
+        assert rooms <= {"ssl", "finetune", "pictures"}, f"{file.name} imports {rooms}"
+    for room in ROOMS:
+        for file in files(room):
+            assert "matplotlib" not in file.read_text(), file
+
+
+@pytest.mark.parametrize(("room", "order"), [("ssl", ORDER), ("finetune", FINETUNE_ORDER), (PICTURES, PICTURES_ORDER)])
 def test_a_file_imports_only_earlier_files(room, order):
     assert [file.stem for file in files(room)] == sorted(order)
     for file in files(room):
-        inside = {module for target, module in imported(file) if target == room}
+        inside = {module for target, module in imported(file) if target == Path(room).name}
         late = inside - set(order[: order.index(file.stem)])
         assert not late, f"{room}/{file.name} imports {late}, which stand after it"
 
 
 def test_every_file_is_described():
     described = (ROOT / "docs" / "architecture.md").read_text()
-    assert [file.name for room in ROOMS for file in files(room) if f"`{file.name}`" not in described] == []
+    all_files = [file for folder in (*ROOMS, PICTURES) for file in files(folder)]
+    assert [file.name for file in all_files if f"`{file.name}`" not in described] == []
 
 
 def test_rooms_import_each_other_by_full_name_only():
@@ -175,7 +205,7 @@ def test_launch_scripts_are_short():
 def test_wheel_is_complete(tmp_path):
     """Builds a wheel, installs it away from the checkout, and imports every module of it there."""
     source, wheels, venv = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
-    tracked = [*files("ssl"), *files("finetune"), *(ROOT / x for x in ("pyproject.toml", "README.md", "LICENSE"))]
+    tracked = [*files("ssl"), *files("finetune"), *files(PICTURES), *(ROOT / x for x in ("pyproject.toml", "README.md", "LICENSE"))]
     for file in tracked:
         target = source / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +226,9 @@ def test_wheel_is_complete(tmp_path):
     ]
     subprocess.run(install, check=True, cwd=tmp_path)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files stay unread
-    modules = [f"quarterlight.{room}.{file.stem}" for room in ROOMS for file in files(room)]
+    modules = [
+        f"quarterlight.{folder.replace('/', '.')}.{file.stem}" for folder in (*ROOMS, PICTURES) for file in files(folder)
+    ]
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {modules}])"
     found = subprocess.run(
         [venv / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -93,7 +93,7 @@ def mean_distance(weights: Float[Tensor, "B H T T"], places: Float[Tensor, "T 2"
     return (weights * distances).sum(dim=-1).mean(dim=(0, 2))
 
 
-def mean_attention_distance(encoder: Encoder, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, " H"]]:
+def mean_attention_distance(encoder: Encoder, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, " _"]]:
     """Returns `mean_distance` in pixels of every head, block by block; of a Swin within its windows."""
     blocks = iter(blocks_of(encoder))
     if isinstance(encoder, SwinEncoder):
@@ -147,8 +147,9 @@ def rollout(
 
 
 def _through_windows(
-    encoder: SwinEncoder, layers: list[Float[Tensor, "W A A"]], rows: Float[Tensor, "B Q T"]
+    encoder: SwinEncoder, layers: list[Tensor], rows: Float[Tensor, "B Q T"]
 ) -> Float[Tensor, "B Q T0"]:
+    """`rollout` for windows: `layers` hold [windows, A, A], as many and as large as each block has them."""
     x = rows.unflatten(2, encoder.grid).permute(0, 2, 3, 1)  # [B, h, w, Q]: as timm has channels
     height, width = encoder.grid
     for block, weights in zip(reversed(blocks_of(encoder)), reversed(layers), strict=True):

@@ -10,7 +10,16 @@ from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.swin import SwinEncoder
 
-from .attention import block_names, mean_attention_distance, on_image, rollout
+from .attention import (
+    attention_weights,
+    block_names,
+    blocks_of,
+    grid_places,
+    mean_attention_distance,
+    mean_distance,
+    on_image,
+    rollout,
+)
 from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, show_montage
 
 ROLLED_OUT = 6  # images
@@ -36,8 +45,7 @@ def draw_attention_distance(
         + (" (class and register tokens left out)" if encoder.num_prefix_tokens else "")
         + (", within windows, which bound it. " if windows else ". ")
         + "Dots are heads, the line is their mean. Low: a head looks nearby; the dashed line is where a head would look "
-        "that attends to "
-        + ("its whole window alike." if windows else "all patches alike."),
+        "that attends to " + ("its whole window alike." if windows else "all patches alike."),
         height=3.8,
     )
     axes = picture.figure.subplots()
@@ -54,7 +62,9 @@ def draw_attention_distance(
         means = [float(np.mean(distances[b])) for b in mine]
         axes.plot(places[mine], means, color=color, linewidth=1.5, label=stage or "mean of the heads")
     even = [float(x) for x in _even_distance(encoder, images[:1])]
-    axes.step([places[0] - 0.5, *(places + 0.5)], [even[0], *even], color="#777777", linestyle="--", linewidth=1, where="pre")
+    axes.step(
+        [places[0] - 0.5, *(places + 0.5)], [even[0], *even], color="#777777", linestyle="--", linewidth=1, where="pre"
+    )
     axes.set_ylim(bottom=0, top=1.08 * max(max(map(max, distances)), max(even)))
     axes.set_xticks(places, [name.rpartition(" ")[2] for name in names], fontsize=8)
     axes.set_xlabel("block" + (" of its stage" if windows else ""), fontsize=9)
@@ -69,8 +79,6 @@ def draw_attention_distance(
 
 def _even_distance(encoder: Encoder, image: Float[Tensor, "1 C H W"]) -> list[Float[Tensor, ""]]:
     """Returns the distance of a head that attends to all alike, for each block; over pairs that are not masked."""
-    from .attention import attention_weights, blocks_of, grid_places, mean_distance
-
     first = encoder.num_prefix_tokens
     blocks = blocks_of(encoder)
     found: list[Tensor] = []
@@ -87,18 +95,17 @@ def _even_distance(encoder: Encoder, image: Float[Tensor, "1 C H W"]) -> list[Fl
     return found
 
 
-def draw_rollout(
-    encoder: Encoder, images: Float[Tensor, "B C H W"], shown: Float[np.ndarray, "B h w 3"]
-) -> Picture:
+def draw_rollout(encoder: Encoder, images: Float[Tensor, "B C H W"], shown: Float[np.ndarray, "B h w 3"]) -> Picture:
     """Draws attention rolled out to the image (Abnar & Zuidema 2020): image, map, and the map over the image.
 
     `images` are normalized, `shown` the same in color. Raises CannotDraw for attention that cannot be read.
     """
     images, shown = images[:ROLLED_OUT], shown[:ROLLED_OUT]
     try:
-        maps = on_image(encoder, rollout(encoder, images))[:, 0].cpu().numpy()
+        rows = rollout(encoder, images)
     except InputError as error:
         raise CannotDraw(str(error)) from error
+    maps, patches = on_image(encoder, rows)[:, 0].cpu().numpy(), rows[:, 0, encoder.num_prefix_tokens :]
     has_class = getattr(encoder.timm, "cls_token", None) is not None
     least, most = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     heat = (maps - least) / np.maximum(most - least, 1e-12)
@@ -106,17 +113,17 @@ def draw_rollout(
     over = shown * (0.2 + 0.8 * heat[..., None])
     triples = [list(triple) for triple in zip(shown, colored, over, strict=True)]
     half = -(-len(triples) // 2)
-    rows = [triples[i] + (triples[i + half] if i + half < len(triples) else [None] * 3) for i in range(half)]
-    rows = rows if len(triples) > 1 else [triples[0]]
+    cells = [triples[i] + (triples[i + half] if i + half < len(triples) else [None] * 3) for i in range(half)]
+    cells = cells if len(triples) > 1 else [triples[0]]
     of = "the class token" if has_class else "the mean of all tokens"
     picture = new_picture(
         "rollout",
         f"Attention rolled out: which patches {of} comes from",
         "Image, rolled-out attention, and the image lit by it. Attention averaged over heads, half of it the residual "
-        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range: bright is the largest "
-        f"share, from {float(least.min() * maps[0].size / maps[0].size):.2g} to {float(most.max()):.2g} of a patch over all maps."
+        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range; the largest share of a "
+        f"patch in any of them is {100 * float(patches.max()):.2g} %, equal shares would be {100 / patches.shape[1]:.2g} %."
         + (" In a Swin merged tokens count as equal parts." if isinstance(encoder, SwinEncoder) else ""),
-        height=montage_height(len(rows), len(rows[0]), shown.shape[1] / shown.shape[2]),
+        height=montage_height(len(cells), len(cells[0]), shown.shape[1] / shown.shape[2]),
     )
-    show_montage(picture.figure.subplots(), rows, columns=["image", "attention", "both"] * (len(rows[0]) // 3))
+    show_montage(picture.figure.subplots(), cells, columns=["image", "attention", "both"] * (len(cells[0]) // 3))
     return picture

@@ -60,7 +60,9 @@ def load_subject(init: str | None, given: EncoderConfig, *, untrained: bool, see
     crop_pct = run.data.crop_pct if run is not None else DataConfig.crop_pct
     mask = run.mask if run is not None else MaskConfig()
     autoencoder = None if no_decoder else autoencoder
-    return Subject(encoder.eval(), autoencoder and autoencoder.eval(), no_decoder, spec, mask, crop_pct, report, run_dir)
+    return Subject(
+        encoder.eval(), autoencoder and autoencoder.eval(), no_decoder, spec, mask, crop_pct, report, run_dir
+    )
 
 
 def load_run(run_dir: Path) -> MaskedAutoencoder:

@@ -83,6 +83,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
             place.tick_params(which="minor", labelsize=7)
         else:
             place.set_ylim(bottom=0)
+            place.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
     for place in axes[2:]:
         place.set_xlabel("step", fontsize=9)
     if len(titles) > 1:

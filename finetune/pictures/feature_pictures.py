@@ -18,7 +18,6 @@ from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_pi
 from .images import Images
 
 FORWARD_BATCH = 64
-CLASSES_COLORED = 10
 NEIGHBORS = 6
 LAYERS = 4
 RGB_IMAGES = 6
@@ -59,7 +58,7 @@ def draw_features_map(features: Float[Tensor, "n D"], images: Images, *, seed: i
     else:
         points, method = principal_components(features, 2).numpy(), "the first two principal components"
     labels, counts = np.unique(images.labels[images.labels >= 0], return_counts=True)
-    chosen = np.sort(labels[np.argsort(-counts, kind="stable")][:CLASSES_COLORED]).tolist()
+    chosen = np.sort(labels[np.argsort(-counts, kind="stable")][: len(COLORS)]).tolist()
     rest = len(labels) - len(chosen)
     coloring = "Colored by label, which the map has not seen" if len(labels) else "There are no labels to color by"
     coloring += f" (the {len(chosen)} most frequent of {len(labels)} classes; the others grey). " if rest else ". "
@@ -73,13 +72,10 @@ def draw_features_map(features: Float[Tensor, "n D"], images: Images, *, seed: i
     )
     axes = picture.figure.subplots()
     other = ~np.isin(images.labels, chosen)
-    axes.scatter(*points[other].T, s=9, color="#bbbbbb", linewidths=0, label="others" if rest else None)
+    axes.scatter(*points[other].T, s=9, color="#cccccc", linewidths=0, label="others" if rest else None)
     for i, label in enumerate(chosen):
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        if i >= len(COLORS):  # a color again, with another mark
-            style["marker"] = MARKERS[(i + 3) % len(MARKERS)]
-        mine = points[images.labels == label]
-        axes.scatter(*mine.T, s=16, alpha=0.8, linewidths=0, label=images.class_name(label)[:24], **style)
+        style = {"color": COLORS[i], "marker": MARKERS[i], "edgecolors": "#444444", "linewidths": 0.2}
+        axes.scatter(*points[images.labels == label].T, s=18, label=images.class_name(label)[:24], **style)
     axes.set_xticks([])
     axes.set_yticks([])
     if chosen:
@@ -183,7 +179,7 @@ def draw_neighbors(
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
             label = images.class_name(int(images.labels[i]))[:14] if images.labels[i] >= 0 else ""
-            place.set_xlabel(f"{label} {near[j - 1]:.2f}" if j else label, fontsize=8, labelpad=3)
+            place.set_xlabel(f"{label} {near[j - 1]:.3f}" if j else label, fontsize=8, labelpad=3)
             if j and images.labels[query] >= 0:
                 same = images.labels[i] == images.labels[query]
                 color, dash = (COLORS[0], "-") if same else (COLORS[1], (0, (3, 1.5)))

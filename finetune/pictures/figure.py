@@ -18,8 +18,11 @@ from quarterlight.ssl.files import replace_file
 
 WIDTH = 8.0  # inches
 DPI = 125  # 1000 pixels wide: text of 9 points stays readable at 800
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito
-MARKERS = "os^DvP*X"
+# Okabe and Ito's eight, wine of Tol's, and grey
+COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#882255", "#888888",
+)  # fmt: skip
+MARKERS = "os^DvP*X<p"
 QUANTITY, SIGNED = "cividis", "PuOr"  # color maps
 
 

@@ -1,7 +1,5 @@
 """Pictures of what a masked autoencoder fills in: at its own mask, at other ratios, under other kinds of masks."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -17,7 +15,7 @@ from quarterlight.ssl.targets import HOGTarget, NormPixTarget, PCATarget
 
 from .figure import CannotDraw, Picture, as_color, montage_height, new_picture, show_montage
 
-COMPARED = 3  # images of which several reconstructions are shown
+COMPARED = 2  # images of which several reconstructions are shown
 
 Row = list[Float[np.ndarray, "h w 3"] | None]
 
@@ -59,9 +57,7 @@ class Reconstructor:
         """Returns the panels of the first `count` images, and the loss on their hidden units."""
         images = self.images[:count]
         result = self.autoencoder(images, self.masks(ratio, strategy, count))
-        shown = panels(
-            self.autoencoder, images, result, mean=self.mean, std=self.std, contrast_only=self.contrast_only
-        )
+        shown = panels(self.autoencoder, images, result, mean=self.mean, std=self.std, contrast_only=self.contrast_only)
         return shown, float(result.loss)
 
     @property
@@ -105,7 +101,7 @@ def draw_reconstructions(reconstruct: Reconstructor) -> tuple[Picture, dict[str,
         f"ones), and the same with the visible patches pasted over. {reconstruct.honesty} Loss {loss:.3f}.",
         height=montage_height(len(rows), len(rows[0]), height / width) + 0.2,
     )
-    headings = ["original", "masked", "predicted", "pasted"] * (len(rows[0]) // 4)
+    headings = ["original", "masked", "reconstruction", "pasted over"] * (len(rows[0]) // 4)
     show_montage(picture.figure.subplots(), rows, columns=headings)
     return picture, {"reconstruction_loss": loss}
 
@@ -167,13 +163,10 @@ def _compared(
         + (f" Left out: {'; '.join(refused)}." if refused else ""),
         height=montage_height(len(rows), 1 + len(found), height / width, labelled=True) + 0.2,
     )
-    labels = ["masked", "predicted", "pasted"] * count
+    labels = ["masked", "reconstruction", "pasted over"] * count
     show_montage(picture.figure.subplots(), rows, columns=["original", *found], labels=labels)
     return picture, {f"{name}_loss": losses}  # type: ignore[dict-item]
 
 
 def _color(images: Float[Tensor, "B C H W"]) -> Float[np.ndarray, "B H W 3"]:
     return as_color(images.cpu().numpy())
-
-
-Draw = Callable[[], Picture]

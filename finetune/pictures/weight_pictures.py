@@ -88,7 +88,7 @@ def draw_positions(encoder: Encoder) -> Picture:
         for j, column in enumerate(columns):
             page[i * (high + 1) :, j * (wide + 1) :][:high, :wide] = maps[row, column]
     axes = picture.figure.subplots()
-    drawn = axes.imshow(page, cmap=QUANTITY, vmin=min(0.0, float(maps.min())), vmax=1.0, interpolation="nearest")
+    drawn = axes.imshow(page, cmap=QUANTITY, vmin=float(maps.min()), vmax=1.0, interpolation="nearest")
     axes.set_xticks(np.arange(len(columns)) * (wide + 1) + wide / 2 - 0.5, columns + 1, fontsize=8)
     axes.set_yticks(np.arange(len(rows)) * (high + 1) + high / 2 - 0.5, rows + 1, fontsize=8)
     axes.set_xlabel("column of the patch", fontsize=9)
@@ -99,7 +99,7 @@ def draw_positions(encoder: Encoder) -> Picture:
     return picture
 
 
-def bias_tables(encoder: Encoder) -> list[Float[Tensor, "H h w"]]:
+def bias_tables(encoder: Encoder) -> list[Float[Tensor, "_ _ _"]]:
     """Returns the biases of relative positions of every block and head, as maps of (2M - 1) x (2M - 1).
 
     In a map the middle is a token itself; left of it, keys that stand left of the query. Of Swin v2 they are what its
@@ -165,7 +165,12 @@ def draw_window_mask(encoder: Encoder) -> Picture:
     plain = numbers[rows // window[0], columns // window[1]]
     shifted = numbers[(rows - shift[0]) % high // window[0], (columns - shift[1]) % wide // window[1]]
     masks = (block.attn_mask < 0).float().cpu().numpy()  # [windows, A, A]
-    kinds = {"inside": numbers[0, 0], "right edge": numbers[0, -1], "lower edge": numbers[-1, 0], "corner": numbers[-1, -1]}
+    kinds = {
+        "inside": numbers[0, 0],
+        "right edge": numbers[0, -1],
+        "lower edge": numbers[-1, 0],
+        "corner": numbers[-1, -1],
+    }
     picture = new_picture(
         "window_mask",
         f"Shifted windows of {names[number]}: {window[0]} x {window[1]} tokens, moved by {shift[0]} and {shift[1]}",
