@@ -116,7 +116,10 @@ def build(scene: Scene, images: list[UInt8[np.ndarray, "H W C"]], gradio: Any = 
         gr.on([ratio.change, kind.change], **filling, trigger_mode="always_last")
         again.click(lambda n: n + 1, seed, seed).then(**filling)
         # The editor also speaks of its input when a new image is put into it, without paint.
-        canvas.input(lambda x, kind: PAINT if _paint(x).any() else kind, [canvas, kind], kind, show_progress="hidden").then(**filling)
+        drawn = canvas.input(
+            lambda x, kind: PAINT if _paint(x).any() else kind, [canvas, kind], kind, show_progress="hidden"
+        )
+        drawn.then(**filling)
         seen.select(click, None, place).then(**attention)
         gr.on([layer.change, head.change], **attention)
     return app.queue(default_concurrency_limit=1, api_open=False)

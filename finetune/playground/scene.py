@@ -121,29 +121,25 @@ class Scene:
     ) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
         """Returns where the patch at `place` (x, y of the shown image) looks when nothing is hidden, and a sentence.
 
-        Bright is the largest share. Raises InputError for an encoder whose attention cannot be read.
+        Bright is the largest share besides its own, which would outshine all others. Raises InputError for an encoder
+        whose attention cannot be read.
         """
-        side = self.encoder.unit_size * self.factor
-        column, row = (
-            min(max(0, at // side), most - 1) for at, most in zip(place, self.encoder.grid[::-1], strict=True)
-        )
-        shares = self._shares(pixels, row * self.encoder.grid[1] + column, layer, head)
-        heat = colormaps["magma"](shares / shares.max())[:, :, :3]
-        scale = [seen // cells for seen, cells in zip(self.shown(pixels).shape[:2], shares.shape, strict=True)]
-        large = heat.repeat(scale[0], axis=0).repeat(scale[1], axis=1)
+        (high, wide), side = self.encoder.grid, self.encoder.unit_size * self.factor
+        row, column = min(max(0, place[1] // side), high - 1), min(max(0, place[0] // side), wide - 1)
+        shares = self._shares(pixels, row * wide + column, layer, head)
+        cells = shares.shape[0] // high  # in a side of the patch: of a Swin several
+        own = np.s_[row * cells : (row + 1) * cells, column * cells : (column + 1) * cells]
+        others = shares.copy()
+        others[own] = 0.0
+        heat = colormaps["magma"](shares / max(float(others.max()), 1e-12))[:, :, :3]  # above 1: the brightest color
         grey = self.shown(pixels).mean(axis=2, keepdims=True) / 255
-        picture = (255 * (0.3 * grey + 0.7 * large)).round().astype(np.uint8)
-        edge = max(2, side // 16)
-        box = picture[row * side : (row + 1) * side, column * side : (column + 1) * side]
-        inside = box[edge:-edge, edge:-edge].copy()
-        box[:] = MARK
-        box[edge:-edge, edge:-edge] = inside
+        enlarged = heat.repeat(side // cells, axis=0).repeat(side // cells, axis=1)
+        picture = (255 * (0.3 * grey + 0.7 * enlarged)).round().astype(np.uint8)
+        _mark(picture[row * side : (row + 1) * side, column * side : (column + 1) * side])
         how = layer if layer == ROLLED_OUT else f"{layer}, {head}"
-        most = 100 * float(shares.max())
-        return (
-            picture,
-            f"Row {row + 1}, column {column + 1}; {how}. The brightest place has {most:.1f} % of the attention.",
-        )
+        itself, best = 100 * float(shares[own].sum()), 100 * float(others.max())
+        said = f"Row {row + 1}, column {column + 1}, {how}: {itself:.1f} % of its attention stays with itself"
+        return picture, f"{said}, and the brightest place has {best:.1f} %."
 
     def _shares(
         self, pixels: UInt8[np.ndarray, "H W C"], unit: int, layer: str, head: str
@@ -170,3 +166,11 @@ def _masking(is_masked: Bool[Tensor, "1 N"]) -> Masking:
     """Returns a mask as an encoder takes it: visible units in grid order, and windows left to the encoder."""
     ids_shuffle = is_masked.int().argsort(dim=1, stable=True)
     return Masking(ids_shuffle[:, : int((~is_masked).sum())], ids_shuffle.argsort(dim=1), is_masked)
+
+
+def _mark(patch: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Draws a frame inside a part of a picture."""
+    edge = max(2, len(patch) // 16)
+    inside = patch[edge:-edge, edge:-edge].copy()
+    patch[:] = MARK
+    patch[edge:-edge, edge:-edge] = inside
