@@ -132,6 +132,9 @@ def test_a_swin_is_filled_in_and_its_patches_look_through_all_blocks(swin):
     pixels = swin.cropped(random_image(150, 200))
     filled = swin.fill(pixels, swin.sampled("block", 0.5, 0))
     assert "mean and contrast" in filled.said  # norm_pix takes them from the original, and says so
+    flattering, honest = filled, swin.fill(pixels, swin.sampled("block", 0.5, 0), True)
+    assert swin.predicts_contrast and "nothing of the original" in honest.said
+    assert (honest.masked == flattering.masked).all() and (honest.pasted != flattering.pasted).any()
     picture, said = swin.attention(pixels, (0, 10**6), ROLLED_OUT, ALL_HEADS)
     assert picture.shape == filled.pasted.shape and said.startswith("Row 4, column 1, rolled out over all blocks")
     assert swin._shares(pixels, 5, ROLLED_OUT, ALL_HEADS).sum() == pytest.approx(1)

@@ -20,10 +20,11 @@ from quarterlight.ssl.masking import Masking
 from quarterlight.ssl.pictures import panels
 from quarterlight.ssl.strategies import Strategy
 from quarterlight.ssl.swin import SwinEncoder
+from quarterlight.ssl.targets import NormPixTarget
 
 SIDE = 448  # pixels that an image is shown with, at least: enlarged by a whole factor
 PAINTED = 0.1  # share of a unit that must be painted over for it to be hidden
-MARK = (255, 140, 0)  # around the patch that was clicked
+MARK = (0, 220, 255)  # a color that the map of attention does not have, around the patch that was clicked
 ROLLED_OUT, ALL_HEADS = "rolled out over all blocks", "mean of all heads"
 
 
@@ -49,13 +50,20 @@ class Scene:
         self.in_chans: Literal[1, 3] = 1 if subject.spec.args.get("in_chans", 3) == 1 else 3
         self.crop = CenterCrop(self.encoder.img_size, subject.crop_pct)
         self.normalize = Normalize(subject.spec.mean, subject.spec.std)
-        blank = torch.zeros(1, *self.encoder.img_size, self.in_chans, dtype=torch.uint8)
+        blank = self.normalize(torch.zeros(1, *self.encoder.img_size, self.in_chans, dtype=torch.uint8))
+        self.honesty: dict[bool, str] = {}  # by contrast_only: what of the original is in a picture
         try:
-            self.honesty = Reconstructor(
-                self.autoencoder, self.normalize, self.normalize(blank), self.mask, contrast_only=False, seed=0
-            ).honesty
+            for only in (False, True):
+                about = Reconstructor(self.autoencoder, self.normalize, blank, self.mask, contrast_only=only, seed=0)
+                # of an option of launch/visualize.py, which here is a box to tick
+                self.honesty[only] = about.honesty.replace("norm_pix_statistics none", "the contrast alone")
         except CannotDraw as error:
             raise InputError(f"init {init}: {error}") from error
+
+    @property
+    def predicts_contrast(self) -> bool:
+        """Whether mean and contrast of a patch are not predicted, but taken from the original or left out."""
+        return isinstance(self.autoencoder.target, NormPixTarget)
 
     @property
     def factor(self) -> int:
@@ -95,8 +103,10 @@ class Scene:
         return (torch.nn.functional.adaptive_avg_pool2d(paint, self.encoder.grid)[0, 0] >= PAINTED).numpy()
 
     @torch.no_grad()
-    def fill(self, pixels: UInt8[np.ndarray, "H W C"], is_masked: Bool[np.ndarray, "high wide"]) -> Filled:
-        """Returns the reconstruction of an image under a mask.
+    def fill(
+        self, pixels: UInt8[np.ndarray, "H W C"], is_masked: Bool[np.ndarray, "high wide"], contrast_only: bool = False
+    ) -> Filled:
+        """Returns the reconstruction of an image under a mask; `contrast_only` as `ssl.pictures.panels` has it.
 
         Raises InputError when the mask hides all, since an encoder needs something to see.
         """
@@ -109,11 +119,13 @@ class Scene:
         images = self.normalize(torch.from_numpy(pixels)[None])
         result = self.autoencoder(images, _masking(torch.from_numpy(is_masked).reshape(1, -1)))
         mean, std = self.normalize.mean, self.normalize.std
-        found = panels(self.autoencoder, images, result, mean=mean, std=std)
+        found = panels(self.autoencoder, images, result, mean=mean, std=std, contrast_only=contrast_only)
         masked, pasted, prediction = (self._visible(x) for x in (found.masked, found.pasted, found.prediction))
         size = self.encoder.unit_size
         said = f"{count} of {units} patches of {size} x {size} pixels are hidden ({100 * count / units:.0f} %), "
-        return Filled(masked, pasted, prediction, f"{said}loss on them {float(result.loss):.4f}. {self.honesty}")
+        return Filled(
+            masked, pasted, prediction, f"{said}loss on them {float(result.loss):.4f}. {self.honesty[contrast_only]}"
+        )
 
     @torch.no_grad()
     def attention(
