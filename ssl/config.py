@@ -255,7 +255,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
     "stall_timeout_s": (1, None), "series_pictures": (1, None), "picture_width": (16, None),
-    "port": (1, 65535),
+    "port": (1, 65535), "num_images": (1, None),
 }  # fmt: skip
 
 

@@ -110,6 +110,7 @@ def test_a_page_about_real_runs_has_their_figures_options_and_pictures(real):
         "0.01",
     ):
         assert told in page.text
+    assert "Masked-autoencoder pretraining of vit_tiny_patch16_224 (patch_size 4, " in page.text
     assert page.text.count("Begins with mae") == 2  # the probe and fine-tuning
     assert "step 4" in page.text and "step 12" in page.text and "reconstructions.png" in page.text
     assert "None." in page.text  # no unreadable samples
@@ -200,8 +201,11 @@ def test_what_is_damaged_or_missing_is_said_and_the_rest_is_shown(tmp_path):
     looped = write_run(
         tmp_path / "looped", config="&a {1: *a}\n", result={"finished": False, "step": None, "signal": 15}
     )
+    deep = write_run(tmp_path / "deep")
+    for name in ("result.json", "environment.json"):
+        (deep / name).write_text('{"a":' * 980 + "1" + "}" * 980)
     (tmp_path / "only_states" / "state" / "step-00000004").mkdir(parents=True)
-    page = report(tmp_path, half, odd, looped, tmp_path / "only_states")
+    page = report(tmp_path, half, odd, looped, deep, tmp_path / "only_states")
     for sentence in (
         "metrics.jsonl: 3 of 7 lines cannot be read (line 3, 6, 7).",
         "result.json cannot be read", "environment.json holds no JSON object.", "cut.png is no readable picture",
@@ -297,9 +301,9 @@ def test_incidents_and_tables_are_listed_and_counted(tmp_path):
     (run / "bad_steps.jsonl").write_text('{"step": 1, "loss": "nan", "grad_norm": "nan", "keys": ["a", "b"]}\n')
     (run / "confusion.csv").write_text("true,0,1\n0,11,12\n1,21,22\n" + "9,9,9\n" * 100)
     page = report(tmp_path, run)
-    assert "400 unreadable samples" in page.text and "300 x cut short; 100 x no image" in page.text
+    assert "damaged shards (400): 300 x cut short; 100 x no image. The first 100:" in page.text
     assert "key99 " in page.text and "key100 " not in page.text
-    assert "1 skipped steps" in page.text and '["a", "b"]' in page.text
+    assert "Skipped steps (1): 1 x nan." in page.text and '["a", "b"]' in page.text
     assert "confusion.csv: shown are 40 of 102 rows." in page.text and "0 11 12" in page.text
     assert "Unreadable samples and skipped steps, so far" in page.text
 

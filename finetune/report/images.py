@@ -58,7 +58,7 @@ def pictures_of(run: Run, *, series_pictures: int, width: int) -> Pictures:
         for path in sorted(x for x in folder.iterdir() if x.suffix.lower() in ENDINGS and x.is_file()):
             if (found := STEP.search(path.stem)) and path.name not in told:
                 what = str((path.parent / STEP.sub("", path.stem).strip("-_ ")).relative_to(run.folder))
-                by_step.setdefault(what, []).append((int(found[1]), path))
+                by_step.setdefault("pictures" if what == "." else what, []).append((int(found[1]), path))
             else:
                 title, caption = told.get(path.name, ("", ""))
                 single.append((path, title or str(path.relative_to(run.folder)), caption))

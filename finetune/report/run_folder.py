@@ -96,6 +96,7 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     """Returns a JSON object, or {} when the file is not there or no object; what is wrong is added to `problems`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, indent=1)  # refuses mappings so deep in each other that the page could not show them
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -135,7 +136,7 @@ def _short_names(folders: list[Path]) -> list[str]:
 def _read_run(folder: Path, name: str) -> Run:
     problems: list[str] = []
     config, result = _read_config(folder / "config.yaml", problems), read_json(folder / "result.json", problems)
-    if not config and not any("config.yaml" in x for x in problems) and not result:
+    if not (folder / "config.yaml").exists() and not result:
         problems.append("config.yaml is missing.")
     metrics = folder / "metrics.jsonl"
     return Run(
@@ -143,7 +144,7 @@ def _read_run(folder: Path, name: str) -> Run:
         name,
         _stage(config, result),
         config,
-        flat(read_json(folder / "environment.json", problems)),
+        _flat(read_json(folder / "environment.json", problems), "environment.json", problems),
         result,
         _numbers(_read_jsonl(metrics, problems)),
         _listing(_read_jsonl(folder / "bad_samples.jsonl", problems), "reason"),
@@ -169,10 +170,15 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path.name} cannot be read ({' '.join(str(error).split())[:200]}).")
         return {}
+    return _flat(content, path.name, problems)
+
+
+def _flat(content: Any, name: str, problems: list[str]) -> dict[str, Any]:
+    """Returns a mapping with dotted keys, or {} for what is none; that is added to `problems`."""
     try:
         return flat(content)
     except (AttributeError, TypeError, RecursionError):  # no mapping, a key that is no text, a mapping inside itself
-        problems.append(f"{path.name} holds no options.")
+        problems.append(f"{name} holds no options.")
         return {}
 
 

@@ -17,6 +17,7 @@ OF_A_RUN = ("command", "finished", "preempted", "signal", "steps", "step")  # in
 NOT_COMPARED = ("run_dir",)  # differs by its nature
 CSV_ROWS, CSV_COLUMNS, CSV_CHARACTERS = 40, 30, 200
 RESULT_CHARACTERS = 20_000
+DEPTH = 4  # of mappings in result.json whose figures are listed
 ABSENT = "–"
 
 
@@ -70,7 +71,7 @@ def describe(run: Run) -> str:
     labels = f"; {few:g} labelled images a class" if few else ""
     if run.stage in STAGES:
         return f"{stage_title(run.stage)} on {encoder}{start}{untrained}{labels}."
-    return f"{stage_title(run.stage)} of {encoder}{start}." if run.config else f"{stage_title(run.stage)}."
+    return f"{stage_title(run.stage)}: {encoder}{start}." if run.config else f"{stage_title(run.stage)}."
 
 
 def state_of(run: Run) -> tuple[str, str]:
@@ -147,7 +148,7 @@ def environment_table(runs: Sequence[Run]) -> list[Row]:
 def incident_tables(run: Run) -> list[Table]:
     """Returns what could not be read and which steps were skipped."""
     tables = []
-    what = (("unreadable samples, or parts of damaged shards", run.bad_samples), ("skipped steps", run.bad_steps))
+    what = (("Unreadable samples, or parts of damaged shards", run.bad_samples), ("Skipped steps", run.bad_steps))
     for title, listing in what:
         if not listing.count:
             continue
@@ -155,7 +156,7 @@ def incident_tables(run: Run) -> list[Table]:
         rows = [[plain(record.get(key, ABSENT))[:CSV_CHARACTERS] for key in columns] for record in listing.first]
         reasons = "; ".join(f"{count:,} x {reason[:CSV_CHARACTERS]}" for reason, count in listing.reasons)
         shown = f" The first {len(rows)}:" if len(rows) < listing.count else ""
-        tables.append(Table(f"{listing.count:,} {title}", columns, rows, f"{reasons}.{shown}"))
+        tables.append(Table(f"{title} ({listing.count:,})", columns, rows, f"{reasons}.{shown}"))
     return tables
 
 
@@ -207,9 +208,9 @@ def _compare(values: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def _numbers_in(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers_in(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for key, inner in value.items():
-        if isinstance(inner, dict):
+        if isinstance(inner, dict) and prefix.count(".") < DEPTH:
             yield from _numbers_in(inner, f"{prefix}{key}.")
         elif (found := finite(inner)) is not None:
             yield f"{prefix}{key}", found
