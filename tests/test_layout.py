@@ -147,8 +147,9 @@ def test_packages_are_the_folders_with_code():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
     assert folders == {Path(folder) for folder in (*ROOMS, *ASIDE)}
-    assert {f"quarterlight.{'.'.join(folder.parts)}" for folder in folders} == set(setuptools["packages"])
-    assert setuptools["package-dir"] == {f"quarterlight.{folder}": str(folder) for folder in folders}
+    names = {f"quarterlight.{'.'.join(folder.parts)}": folder.as_posix() for folder in folders}
+    assert set(setuptools["packages"]) == set(names)
+    assert setuptools["package-dir"] == names
 
 
 def test_no_folder_is_a_regular_package():

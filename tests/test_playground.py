@@ -195,22 +195,20 @@ def test_the_page_is_driven_and_nothing_leaves_the_machine(tmp_path):
         "CONNECTIONS": str(connections),
         "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
     }
-    with open_browser() as browser:
-        process = subprocess.Popen(
-            [*command("playground.py", {})[:2], "--init", str(run)], stdout=subprocess.PIPE, text=True, env=environment
-        )
+    line = [*command("playground.py", {})[:2], "--init", str(run)]
+    with (
+        open_browser() as browser,
+        subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process,
+    ):
         try:
             assert process.stdout is not None
-            lines = iter(process.stdout.readline, "")
-            address = next(
-                found[1] for line in lines if (found := re.match(r"playground: (http://127.0.0.1:\d+/)", line))
-            )
+            said = (re.match(r"playground: (http://127.0.0.1:\d+/)", text) for text in process.stdout)
+            address = next(found[1] for found in said if found)
             _drive(Visit(browser, address, viewport={"width": 1400, "height": 1400}), address, tmp_path / "dropped.png")
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=120) in (0, 130)
         finally:
             process.kill()
-            process.wait()
     assert not connections.exists(), connections.read_text()
 
 

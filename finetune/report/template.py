@@ -51,7 +51,7 @@ td { overflow-wrap: anywhere; min-width: 6rem; max-width: 26rem; }
 tr.differs td, tr.differs th { background: var(--mark); color: var(--text); }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--link); }
 pre { overflow-x: auto; background: var(--panel); padding: .7rem; border-radius: 6px; font-size: .8rem; }
-figure { margin: 0; min-width: 0; break-inside: avoid; }
+figure { margin: 0; min-width: 0; break-inside: avoid; } figcaption { margin-top: .3rem; }
 img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px;
   background: #fff; }
 .strip { display: flex; gap: .8rem; overflow-x: auto; scroll-snap-type: x proximity; padding-bottom: .5rem; }
