@@ -305,6 +305,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "part_images": (1, None), "top_k": (1, None), "pictures": (0, None),
     "patch": (1, None), "drop_shares": (1e-9, 0.999), "shuffle_grids": (2, None),
     "num_images": (1, 64), "num_features": (1, None), "mask_ratios": (0, 0.9999999),
+    "series_pictures": (1, None), "picture_width": (16, None), "port": (1, 65535),
 }  # fmt: skip
 
 

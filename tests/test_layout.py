@@ -170,6 +170,18 @@ PICTURES_ORDER = [
     "curves",
     "visualize",
 ]
+# Two more such folders: plotly and gradio are needed by them only.
+REPORT, PLAYGROUND = "finetune/report", "finetune/playground"
+REPORT_ORDER = ["config", "template", "run_folder", "tables", "images", "curves", "page"]
+PLAYGROUND_ORDER = ["config", "scene", "app"]
+ASIDE = (PICTURES, REPORT, PLAYGROUND)
+ORDERS = {
+    "ssl": ORDER,
+    "finetune": FINETUNE_ORDER,
+    PICTURES: PICTURES_ORDER,
+    REPORT: REPORT_ORDER,
+    PLAYGROUND: PLAYGROUND_ORDER,
+}
 
 
 def files(folder: str) -> list[Path]:
@@ -196,9 +208,10 @@ def imported(file: Path) -> set[tuple[str, str]]:
 def test_packages_are_the_folders_with_code():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
-    assert folders == {Path(folder) for folder in (*ROOMS, PICTURES)}
-    assert {f"quarterlight.{'.'.join(folder.parts)}" for folder in folders} == set(setuptools["packages"])
-    assert setuptools["package-dir"] == {f"quarterlight.{folder}": str(folder) for folder in folders}
+    assert folders == {Path(folder) for folder in (*ROOMS, *ASIDE)}
+    names = {f"quarterlight.{'.'.join(folder.parts)}": folder.as_posix() for folder in folders}
+    assert set(setuptools["packages"]) == set(names)
+    assert setuptools["package-dir"] == names
 
 
 def test_no_folder_is_a_regular_package():
@@ -211,7 +224,7 @@ def test_ssl_from_the_root_is_the_standard_library():
     assert Path(found.stdout.strip()).is_relative_to(sysconfig.get_path("stdlib"))
 
 
-@pytest.mark.parametrize("folder", [*ROOMS, PICTURES, "launch"])
+@pytest.mark.parametrize("folder", [*ROOMS, *ASIDE, "launch"])
 def test_no_file_has_the_name_of_a_module_it_would_hide(folder):
     taken = set(sys.stdlib_module_names) | {"torch", "timm", "accelerate", "numpy", "webdataset", "tensorboard"}
     assert not {file.stem for file in files(folder)} & taken
@@ -224,19 +237,20 @@ def test_imports_stay_inside_the_walls(folder):
 
 
 def test_pictures_are_imported_by_no_stage():
-    inside = {("finetune", "pictures")}
+    inside = {("finetune", Path(folder).name) for folder in ASIDE}
     allowed = {"visualize.py", "report.py", "playground.py"}
     importing = {file.name for folder in (*ROOMS, "launch") for file in files(folder) if imported(file) & inside}
     assert importing <= allowed
-    for file in files(PICTURES):
-        rooms = {room for room, _ in imported(file)}
-        assert rooms <= {"ssl", "finetune", "pictures"}, f"{file.name} imports {rooms}"
+    for folder in ASIDE:
+        for file in files(folder):
+            rooms = {room for room, _ in imported(file)}
+            assert rooms <= {"ssl", "finetune", Path(folder).name}, f"{file.name} imports {rooms}"
     for room in ROOMS:
         for file in files(room):
-            assert "matplotlib" not in file.read_text(), file
+            assert not {x for x in ("matplotlib", "plotly", "gradio") if x in file.read_text()}, file
 
 
-@pytest.mark.parametrize(("room", "order"), [("ssl", ORDER), ("finetune", FINETUNE_ORDER), (PICTURES, PICTURES_ORDER)])
+@pytest.mark.parametrize(("room", "order"), ORDERS.items())
 def test_a_file_imports_only_earlier_files(room, order):
     assert [file.stem for file in files(room)] == sorted(order)
     for file in files(room):
@@ -247,7 +261,7 @@ def test_a_file_imports_only_earlier_files(room, order):
 
 def test_every_file_is_described():
     described = (ROOT / "docs" / "architecture.md").read_text()
-    all_files = [file for folder in (*ROOMS, PICTURES) for file in files(folder)]
+    all_files = [file for folder in (*ROOMS, *ASIDE) for file in files(folder)]
     assert [file.name for file in all_files if f"`{file.name}`" not in described] == []
 
 
@@ -267,12 +281,8 @@ def test_launch_scripts_are_short():
 def test_wheel_is_complete(tmp_path):
     """Builds a wheel, installs it away from the checkout, and imports every module of it there."""
     source, wheels, venv = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
-    tracked = [
-        *files("ssl"),
-        *files("finetune"),
-        *files(PICTURES),
-        *(ROOT / x for x in ("pyproject.toml", "README.md", "LICENSE")),
-    ]
+    tracked = [file for folder in (*ROOMS, *ASIDE) for file in files(folder)]
+    tracked += [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
     for file in tracked:
         target = source / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,9 +304,7 @@ def test_wheel_is_complete(tmp_path):
     subprocess.run(install, check=True, cwd=tmp_path)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files stay unread
     modules = [
-        f"quarterlight.{folder.replace('/', '.')}.{file.stem}"
-        for folder in (*ROOMS, PICTURES)
-        for file in files(folder)
+        f"quarterlight.{folder.replace('/', '.')}.{file.stem}" for folder in (*ROOMS, *ASIDE) for file in files(folder)
     ]
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {modules}])"
     found = subprocess.run(
