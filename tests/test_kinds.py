@@ -154,6 +154,14 @@ def test_a_fine_tuned_mae_is_a_classifier_and_an_encoder(tmp_path):
     assert_same_features(source, model, 32)
 
 
+def test_an_autoencoder_of_this_project_that_was_saved_as_it_is_loads_as_one(tmp_path):
+    model = mae()
+    source = saved(tmp_path / "x.pth", model.state_dict())
+    assert read_weights(source).kind == "quarterlight"
+    assert_same_features(source, model.encoder.timm, 32)
+    assert_same_loss(load_autoencoder(source), model)
+
+
 # Swin and SimMIM.
 
 
