@@ -53,13 +53,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._json({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            self.hub.private.setdefault(name, bool(asked.get("private")))
+            self.hub.private.setdefault(name, asked.get("visibility") == "private" or bool(asked.get("private")))
             return self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
         if self.path == "/api/validate-yaml":
             header = json.loads(body)["content"].split("---")[1]
@@ -99,7 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({"error": "not found"}, 404)
 
     def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self._body()
         assert hashlib.sha256(body).hexdigest() == self.path.removeprefix("/lfs/")
         self.hub.large[self.path.removeprefix("/lfs/")] = body
         self._json({})
@@ -125,6 +125,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _json(self, value: object, status: int = 200) -> None:
         body = json.dumps(value).encode()
