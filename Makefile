@@ -16,4 +16,4 @@ check:
 	pyright
 
 test:
-	pytest
+	pytest -n auto --dist loadfile

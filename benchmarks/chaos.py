@@ -305,13 +305,13 @@ def run_as(script: str) -> None:
     if event == "evaluation":
         import quarterlight.finetune.evaluate as module
 
-        counted = module.accuracy
+        judge = module.judge
 
-        def accuracy(*args: Any, **more: Any) -> Any:  # once a batch
+        def judge_or_end(*args: Any, **more: Any) -> Any:  # once a batch
             hook(event, ("",))
-            return counted(*args, **more)
+            return judge(*args, **more)
 
-        module.accuracy = accuracy
+        module.judge = judge_or_end
     elif event and os.environ.get("RANK", "0") == "0":
         sys.addaudithook(hook)
     sys.argv = [script, *sys.argv[3:]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -40,9 +40,13 @@ from quarterlight.ssl.stage import Opened, open_stage
 from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .config import FinetuneConfig
-from .evaluate import evaluate
+from .confusion import named_classes, write_evaluation
+from .duplicates import describe_shared, shared_images
+from .eval_only import evaluate_only
+from .evaluate import outcomes
 from .heads import build_classifier, layer_decay_groups
-from .mixing import MixedLoss
+from .mixing import MixedLoss, class_weights_for
+from .partial import freeze
 
 MOST_GAPS = 10  # times as many classes as there are labels: beyond it a label is a mistake, and the head too large
 BEST_FILE = "classifier_best.safetensors"
@@ -71,15 +75,20 @@ class ClassifierTask(Task):
 
 def finetune(config: FinetuneConfig) -> Figures:
     """Runs fine-tuning to its end and leaves the last and the best classifier and the figures in the run folder."""
+    if config.eval_only:
+        return evaluate_only(config)
+    if config.data.train is None:
+        raise InputError("data.train is not given: name the shards to train on, or evaluate only with --eval_only")
     opened = open_stage(config, config.init, untrained=config.untrained)
     accelerator, run_dir = opened.accelerator, opened.run_dir
     if opened.val is None:
         raise InputError("data.val is not given: a classifier is evaluated on shards of its own")
     micro = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
-    task, spec, report = _build_task(config, opened, classes_of(opened.train, opened.val, config.num_classes), micro)
-    size = pair(task.classifier.patch_embed.img_size)
+    num_classes = classes_of(opened.train, opened.val, config.num_classes)
     ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
-    order, crop = opened.training_order(ids, config.batch_size), random_crop(config.data, size)
+    task, spec, report = _build_task(config, opened, num_classes, micro, opened.train.label[ids])
+    crop = random_crop(config.data, pair(task.classifier.patch_embed.img_size))
+    order = opened.training_order(ids, config.batch_size, balanced=config.data.balanced)
     samples = opened.samples(opened.train, order, crop)
     length = {"samples": len(order), "batch_size": config.batch_size}
     total_steps = steps_in("the run", config.steps, config.epochs, **length)
@@ -92,6 +101,8 @@ def finetune(config: FinetuneConfig) -> Figures:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
         if not state_folders(run_dir):  # what a run that never saved a state has left is of other weights
             (run_dir / BEST_FILE).unlink(missing_ok=True)
+            if config.check_duplicates and (twins := shared_images(opened.train, ids, opened.val)):
+                print(describe_shared(opened.train, opened.val, twins), flush=True)
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
     hooks = _hooks(config, opened, opened.val, whole, spec, micro, total_steps, len(order))
@@ -107,14 +118,19 @@ def finetune(config: FinetuneConfig) -> Figures:
 
 
 def _build_task(
-    config: FinetuneConfig, opened: Opened, num_classes: int, micro: int
+    config: FinetuneConfig, opened: Opened, num_classes: int, micro: int, labels: Int[np.ndarray, " n"]
 ) -> tuple[ClassifierTask, ModelSpec, str]:
-    """Returns the task, the spec that builds its classifier again, and a sentence on the weights loaded."""
+    """Returns the task, the spec that builds its classifier again, and sentences on what is loaded and what learns."""
+    if config.class_weights == "balanced" and config.data.balanced:
+        raise InputError("class_weights balanced and data.balanced each make up for classes of unequal size: give one")
+    weights = class_weights_for(config.class_weights, labels, num_classes)
     torch.manual_seed(config.seed)
     classifier, spec, report = build_classifier(
         opened.spec, opened.weights, num_classes=num_classes, pool=config.pool, drop_path=config.drop_path
     )
-    mixed_loss = MixedLoss(config.mixing, num_classes=num_classes, batch_size=micro)
+    if said := freeze(classifier, config.trainable_blocks):
+        report += f"\n{said}"
+    mixed_loss = MixedLoss(config.mixing, num_classes=num_classes, batch_size=micro, class_weights=weights)
     return ClassifierTask(classifier, Normalize(spec.mean, spec.std), mixed_loss), spec, report
 
 
@@ -139,17 +155,28 @@ def _hooks(
     told = {} if names is None or len(names) != classifier.num_classes else {"class_names": names}
 
     def measure(step: int, log: RunLog, signals: StopSignals) -> Figures:
-        batches = until_stopped(loader, signals, accelerator)
-        found = evaluate(nn.Sequential(task.normalize, classifier), batches, accelerator)
-        figures = {f"val_{name}": value for name, value in found.items()}
+        networks = {"val": classifier}
         if whole.average is not None:
-            batches = until_stopped(loader, signals, accelerator)
-            found_ema = evaluate(nn.Sequential(task.normalize, whole.average.classifier), batches, accelerator)
-            figures |= {f"val_ema_{name}": found_ema[name] for name in ("top1", "top5", "loss")}
+            networks["val_ema"] = whole.average.classifier
+        batches = until_stopped(loader, signals, accelerator)
+        judged = outcomes(
+            [nn.Sequential(task.normalize, network) for network in networks.values()], batches, accelerator
+        )
+        found = dict(zip(networks, judged, strict=True))
+        figures = {f"{which}_{name}": x for which, seen in found.items() for name, x in seen.figures().items()}
+        figures.pop("val_ema_images", None)  # the same
         log.metrics(step, figures)
-        if accelerator.is_main_process and found["top1"] > _best_so_far(run_dir):
+        if not accelerator.is_main_process:
+            return figures
+        best = max(networks, key=lambda which: figures[f"{which}_top1"])
+        if (top1 := figures[f"{best}_top1"]) > _best_so_far(run_dir):
             facts = run_facts("fine-tuning", {"step": step, "samples_seen": step * config.batch_size}, config.seed)
-            export_weights(run_dir / BEST_FILE, classifier, spec, facts | figures | told)
+            facts |= figures | told | {"best_val_top1": top1, "averaged": best == "val_ema"}
+            export_weights(run_dir / BEST_FILE, networks[best], spec, facts)
+        if step == total_steps:
+            for which, seen in found.items():
+                suffix = which.removeprefix("val")
+                write_evaluation(run_dir, seen, named_classes(names, classifier.num_classes), which=suffix)
         return figures
 
     def export(progress: dict[str, Any]) -> None:
@@ -190,8 +217,12 @@ def classes_of(train: ShardIndex, val: ShardIndex, num_classes: int | None) -> i
 
 
 def _best_so_far(run_dir: Path) -> float:
-    """Returns the val top-1 of the best classifier on disk; its file is the record, so that no other can disagree."""
+    """Returns the val top-1 of the best classifier on disk, of the weights or of their average.
+
+    Its file is the record, so that no other can disagree.
+    """
     if not (run_dir / BEST_FILE).exists():
         return -1.0
     with safe_open(run_dir / BEST_FILE, framework="pt") as file:
-        return float(json.loads(file.metadata()["val_top1"]))
+        facts = file.metadata()
+        return float(json.loads(facts.get("best_val_top1", facts["val_top1"])))

@@ -8,7 +8,7 @@ from torch import nn
 from quarterlight.ssl.encoders import create_timm_model
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec
-from quarterlight.ssl.released import HEAD, Weights, load_encoder, load_weights
+from quarterlight.ssl.released import HEAD, Weights, encoder_with_weights, load_weights
 
 from .config import FinetuneOptimConfig
 
@@ -24,7 +24,7 @@ def build_classifier(
 
     Raises InputError when the weights do not fit or timm cannot pool the model this way.
     """
-    encoder, report = load_encoder(spec, weights)
+    encoder, report = encoder_with_weights(spec, weights)
     if pool == "token" and getattr(encoder.timm, "cls_token", None) is None:
         raise InputError(f"pool token: {spec.name} has no class token; use pool avg")
     args = spec.args | {"num_classes": num_classes, "global_pool": pool}

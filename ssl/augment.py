@@ -43,11 +43,18 @@ def _interpolate(planes: UInt8[Tensor, "B C H W"], size: tuple[int, int]) -> UIn
 
 
 def random_crop_box(
-    height: int, width: int, u: Float[np.ndarray, " draws"], scale: tuple[float, float], ratio: tuple[float, float]
+    height: int,
+    width: int,
+    u: Float[np.ndarray, " draws"],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    clip: bool = False,
 ) -> Box:
     """Returns the box of torchvision's RandomResizedCrop: area in `scale`, log-uniform width/height in `ratio`.
 
     `u` holds 2 * CROP_TRIES + 2 uniforms. After CROP_TRIES boxes that do not fit, the largest central one that does.
+    With `clip` the first box is cut to the image where it does not fit, as in MAE's linear probe (`util/crop.py`): so
+    it is for a quarter of the boxes of areas from 0.08 to 1 in an image of 500 x 375 pixels.
     """
     v = u.tolist()  # arithmetic with numpy's scalars takes five times as long
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
@@ -55,6 +62,8 @@ def random_crop_box(
         area = height * width * (scale[0] + (scale[1] - scale[0]) * v[2 * i])
         aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * v[2 * i + 1])
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if clip:
+            w, h = max(1, min(w, width)), max(1, min(h, height))
         if 0 < w <= width and 0 < h <= height:
             return Box(int(v[-1] * (height - h + 1)), int(v[-2] * (width - w + 1)), h, w)
     w, h = width, height
@@ -74,12 +83,13 @@ class RandomCrop:
     ratio: tuple[float, float]
     hflip: float
     auto_augment: str | None = None
+    clip: bool = False  # see `random_crop_box`
 
     num_draws = 2 * CROP_TRIES + 4
 
     def __call__(self, image: ImageFile, u: Float[np.ndarray, " draws"]) -> UInt8[Tensor, "h w C"]:
         """Returns the augmented image; `u` holds `num_draws` uniforms. Raises UnreadableImage."""
-        box = random_crop_box(image.height, image.width, u[2:], self.scale, self.ratio)
+        box = random_crop_box(image.height, image.width, u[2:], self.scale, self.ratio, self.clip)
         crop = resize(image.crop(box, self.size), self.size)
         return self._with_policy(crop.flip(1) if u[0] < self.hflip else crop, u)
 
@@ -88,7 +98,7 @@ class RandomCrop:
         _, height, width, _ = images.shape
         if not fits_tables((height, width), self.size):
             return torch.stack([self(ImageFile.of_pixels(x), row) for x, row in zip(images.numpy(), u, strict=True)])
-        boxes = [random_crop_box(height, width, row[2:], self.scale, self.ratio) for row in u]
+        boxes = [random_crop_box(height, width, row[2:], self.scale, self.ratio, self.clip) for row in u]
         flipped = np.array([row[0] < self.hflip for row in u])
         crops = resize_crops(images, np.array(boxes), flipped, self.size)
         if self._policy is None:

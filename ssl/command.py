@@ -91,6 +91,9 @@ def parser_for(
         parser.add_argument(plain, metavar=plain.upper(), help=text, nargs=number)
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_class_arguments(config_class, nested_key=None, as_group=False)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --eval_only is --eval_only true
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -146,6 +149,13 @@ def parse_config(config_class: type[Config], description: str | None, args: Sequ
     """Returns the config that `args` (default: the command line) and its `--config` files give."""
     parser = parser_for(config_class, description or "")
     return instantiate(parser, config_class, parse(parser, args))
+
+
+def parse_images(config_class: type[Config], description: str | None) -> tuple[list[str], Config]:
+    """Returns the images that the command line names before its options, and the config that these give."""
+    parser = parser_for(config_class, description or "", [("images...", "folders, image files, or shards")])
+    parsed = parse(parser)
+    return parsed.pop("images"), instantiate(parser, config_class, parsed)
 
 
 def instantiate(parser: CommandParser, config_class: type[Config], parsed: Namespace) -> Config:

@@ -146,6 +146,8 @@ class RunConfig:
     """Which images, and how they are cropped."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Which timm model encodes the images."""
+    allow_partial: bool = False
+    """Take weights in --init that lack some of the encoder's tensors, which then start afresh. false: refuse them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +185,32 @@ class StageConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Looks at how well the encoder's features tell classes apart; they change nothing of what a run computes."""
+
+    every_steps: int = 0
+    """Steps between two looks, each a forward pass over `images` whole images of both sets; 0: none."""
+    train: str | list[str] | None = None
+    """Labelled shards whose features are neighbors and fitted to, in the forms of data.train. null: data.train."""
+    val: str | list[str] | None = None
+    """Labelled shards to report on. null: data.val."""
+    images: int = 10_000
+    """The most images of either set that are looked at, drawn by the seed."""
+    neighbors: int = 20
+    """Number of nearest neighbors that vote."""
+    temperature: float = 0.07
+    """A neighbor's vote weighs exp(cosine similarity / temperature)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
     """Masked-autoencoder pretraining."""
 
     init: str | None = None
-    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:; null: none."""
+    """Weights to start the encoder from: a run folder, a file, a timm name, hf-hub: or local-dir:; null: none. What
+    loads is told in docs/weights.md."""
+    init_decoder: bool = False
+    """Start the decoder from --init as well: a full MAE or SimMIM file, a Hugging Face folder, or a run with states."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """Which units of an image are hidden from the encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -208,6 +231,28 @@ class PretrainConfig(StageConfig):
     """Whether pretraining changes them. null: yes with positions learned, else no (those of --init neither)."""
     picture_every_steps: int = 1000
     """Steps between two pictures of reconstructions; 0: only at the end."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Looks at how well the encoder's features tell classes apart, by k-NN and a linear classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """How released weights become a file of this project."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Which timm model the weights are of, where they do not say."""
+    in_chans: int | None = None
+    """Channels of the images. null: what the weights say."""
+    mean: tuple[float, ...] | None = None
+    """Channel means that the weights expect; null: what they say, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations that the weights expect; null: what they say, else ImageNet's."""
+    head: bool = True
+    """Keep a classifier's head, where there is one: the file then is a classifier. false: the encoder only."""
+    merge_order: Literal["swin", "greenmim2022"] | None = None
+    """For GreenMIM only: greenmim2022 for files released in May 2022, swin for those trained with code since 2023."""
+    allow_partial: bool = False
+    """Take weights that lack some of the encoder's tensors, which then have initial values. false: refuse them."""
 
 
 def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int, batch_size: int) -> int:
@@ -254,7 +299,13 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
-    "stall_timeout_s": (1, None), "num_images": (1, 64), "num_features": (1, None), "mask_ratios": (0, 0.9999999),
+    "stall_timeout_s": (1, None), "trainable_blocks": (0, None), "every_steps": (0, None), "images": (1, None),
+    "momentum": (0, 0.9999999), "trust_coeff": (1e-9, None), "shots": (1, None), "draws": (1, None),
+    "regression_c": (1e-9, None),
+    "part_images": (1, None), "top_k": (1, None), "pictures": (0, None),
+    "patch": (1, None), "drop_shares": (1e-9, 0.999), "shuffle_grids": (2, None),
+    "num_images": (1, 64), "num_features": (1, None), "mask_ratios": (0, 0.9999999),
+    "series_pictures": (1, None), "picture_width": (16, None), "port": (1, 65535),
 }  # fmt: skip
 
 

@@ -49,14 +49,20 @@ def build_encoder(name: str, *, img_size: int | tuple[int, int] | None = None, *
     args = {"num_classes": 0, "drop_path_rate": 0.0, **timm_args}  # timm's Swins would come with 0.1
     try:
         model = create_timm_model(name, img_size=img_size, **args)
-    except InputError as error:  # arguments of a ViT given to another family: the family is what is wrong
-        family = timm.model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else FAMILIES[0]
-        if not family.startswith(FAMILIES):
-            raise InputError(f"encoder {name}: a {family} is not supported; {SUPPORTED}") from error
+    except InputError:  # arguments of a ViT given to another family: the family is what is wrong
+        refuse_family(name)
         if img_size is not None:
             _refuse_size(name, pair(img_size), args)
         raise
     return wrap(model, name)
+
+
+def refuse_family(name: str) -> None:
+    """Raises InputError for a timm name, with a tag or without, of a family that has no encoder here."""
+    plain = name.split(".")[0]
+    family = timm.model_entrypoint(plain).__module__.rpartition(".")[2] if timm.is_model(plain) else FAMILIES[0]
+    if not family.startswith(FAMILIES):
+        raise InputError(f"encoder {name}: a {family} is not supported; {SUPPORTED}")
 
 
 def _refuse_size(name: str, img_size: tuple[int, int], args: dict[str, Any]) -> None:

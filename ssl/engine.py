@@ -129,7 +129,7 @@ class _Loop:
         """Does what is left of the run."""
         if self.first_step:
             self.log.say(f"continuing from step {self.first_step} of {self.total_steps} in {self.run_dir}")
-            if self.first_step < self.total_steps and _due(self.first_step, self.hooks.evaluate_every_steps):
+            if self.first_step < self.total_steps and is_due(self.first_step, self.hooks.evaluate_every_steps):
                 self._evaluate()  # a kill in the middle of an evaluation has left none
         for step in range(self.first_step, self.total_steps):
             self._step(step)
@@ -224,8 +224,8 @@ class _Loop:
     def _end_step(self) -> None:
         """Logs, saves and evaluates where it is time to. Raises Stopped."""
         done, last, config = self.done, self.done == self.total_steps, self.config
-        log_now = last or _due(done, config.log_every_steps)
-        save_now = last or _due(done, config.save_every_steps)
+        log_now = last or is_due(done, config.log_every_steps)
+        save_now = last or is_due(done, config.save_every_steps)
         self.log.advance()
         verdicts = self.verdicts.known(wait=log_now or save_now)
         self._judge(verdicts)
@@ -240,7 +240,7 @@ class _Loop:
             self._save()
         if any(verdict.stop for verdict in verdicts):
             raise Stopped(f"stopped by a signal behind step {done} of {self.total_steps}")
-        if not last and _due(done, self.hooks.evaluate_every_steps):
+        if not last and is_due(done, self.hooks.evaluate_every_steps):
             self._evaluate()
         self.meter.pause(paused_at)
 
@@ -282,7 +282,8 @@ class _Loop:
         self.incidents.list_unreadable(int(means["bad_samples"]), samples_read)
 
 
-def _due(done: int, every: int) -> bool:
+def is_due(done: int, every: int) -> bool:
+    """Returns whether what comes every so many steps comes behind this one; 0: never."""
     return every > 0 and done % every == 0
 
 

@@ -10,6 +10,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .files import as_os_error, replace_file, replace_folder, write_tensors
+from .model_card import Story, model_card
 from .patches import pair
 from .runs import environment
 
@@ -54,8 +55,15 @@ def export_hub(
     title: str,
     facts: dict[str, Any],
     labels: list[str] | None = None,
+    story: Story | None = None,
+    crop_pct: float | None = None,
+    where: str = "local-dir:.",
 ) -> None:
-    """Writes a folder that `timm.create_model("local-dir:PATH", pretrained=True)` and the Hugging Face Hub read."""
+    """Writes a folder that `timm.create_model("local-dir:PATH", pretrained=True)` and the Hugging Face Hub read.
+
+    `where` is what its card tells to load. The card names no license, and the config "other", where timm would repeat
+    that of the weights it knows.
+    """
     pretrained_cfg = {
         "tag": "quarterlight",  # timm would otherwise copy tag and license of the weights it knows under this name
         "license": "other",
@@ -66,6 +74,8 @@ def export_hub(
         "interpolation": "bicubic",
         "num_classes": model.num_classes,
     }
+    if crop_pct is not None:
+        pretrained_cfg["crop_pct"] = crop_pct
 
     config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
     if labels is not None and len(labels) == model.num_classes:
@@ -77,32 +87,31 @@ def export_hub(
             save_for_hf(model, str(partial), model_config=config, model_args=args, safe_serialization=True)
         except SafetensorError as error:
             raise as_os_error(error, path) from error
-        (partial / "README.md").write_text(_model_card(title, spec, facts))
+        # timm notes num_classes twice, and transformers, which reads this folder as well, takes it once only
+        config_file = partial / "config.json"
+        written = json.loads(config_file.read_text(encoding="utf-8"))
+        written.get("model_args", {}).pop("num_classes", None)
+        config_file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        card = model_card(
+            title,
+            described(spec),
+            usage=f'import timm\nmodel = timm.create_model("{where}", pretrained=True)',
+            library="timm",
+            tags=["image-classification" if model.num_classes else "image-feature-extraction", "timm"],
+            facts=facts,
+            story=story or Story(),
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(path, fill)
 
 
-def _model_card(title: str, spec: ModelSpec, facts: dict[str, Any]) -> str:
-    passing = {"images_per_s", "data_wait_pct", "memory_gb", "lr", "bad_samples", "grad_norm", "grad_norm_max"}
-    # ... of the last interval
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if key not in passing)
-    return f"""---
-library_name: timm
-tags: [image-feature-extraction, timm, masked-autoencoder]
----
-# {title}
-
-`{spec.name}` with {json.dumps(spec.args)}; images normalized with mean {list(spec.mean)} and std {list(spec.std)}.
-
-```python
-import timm
-model = timm.create_model("local-dir:.", pretrained=True)  # or hf-hub:OWNER/NAME
-```
-
-| fact | value |
-|---|---|
-{rows}
-"""
+def described(spec: ModelSpec) -> str:
+    """Returns a sentence on the architecture and the normalization of its images."""
+    return (
+        f"`{spec.name}` with {json.dumps(spec.args)}; images normalized with mean {list(spec.mean)} and std "
+        f"{list(spec.std)}."
+    )
 
 
 def run_facts(run: str, progress: dict[str, Any], seed: int) -> dict[str, Any]:

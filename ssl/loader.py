@@ -27,7 +27,7 @@ from .fetching import Fetching, ranks_of_machine, remote_shards
 from .order import ShardPlan
 from .ring import InRing, Ring
 from .signals import ignored_by_children, leave_signals_to_parent
-from .spans import EvalSpans, Spans
+from .spans import AnySpans
 from .watch import AGAIN
 
 PREFETCHED = 2  # batches a worker reads ahead
@@ -65,7 +65,7 @@ class _Reader(Dataset):
 class _Numbered:
     """The spans with their numbers in front."""
 
-    spans: Spans | EvalSpans
+    spans: AnySpans
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -81,7 +81,7 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        spans: Spans | EvalSpans,
+        spans: AnySpans,
         *,
         num_workers: int,
         persistent: bool = False,
@@ -184,7 +184,7 @@ class Loader:
 
 def build_loader(
     samples: Samples,
-    spans: Spans | EvalSpans,
+    spans: AnySpans,
     *,
     num_workers: int,
     persistent: bool = False,

@@ -125,6 +125,6 @@ def _is_kept(line: str, step: int, evaluations: bool) -> bool:
 def _short(name: str, value: float | int) -> str:
     if name == "lr":
         return f"{value:.2e}"
-    if name.endswith(("_s", "_pct")) or name == "images_per_s":
+    if name.endswith(("_s", "wait_pct")) or name == "images_per_s":
         return f"{value:.0f}"
     return f"{value:.4g}"

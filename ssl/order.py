@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from .balanced import BalancedOrder
 from .config import DataConfig
 from .epochs import ByEpoch, permutation
 from .errors import InputError
@@ -183,11 +184,13 @@ def build_order(
     seed: int,
     batch_size: int,
     remote: bool,
+    balanced: Int[np.ndarray, " n"] | None = None,
 ) -> Order:
     """Returns the order of a training run; `shards` and `sources` are those of each of `samples`.
 
-    Local shards are shuffled as a whole. Remote ones in blocks, and in lanes where there are several machines.
-    Raises InputError for weights, lanes or repeats that do not fit.
+    Local shards are shuffled as a whole. Remote ones in blocks, and in lanes where there are several machines. With
+    the labels of `samples` as `balanced`, every class comes equally often.
+    Raises InputError for weights, lanes, repeats or a balance that do not fit.
     """
     block = data.block_samples if data.block_samples is not None or not remote else REMOTE_BLOCK_SAMPLES
     lanes = data.lanes if data.lanes is not None else (math.gcd(REMOTE_LANES, batch_size) if remote else 1)
@@ -200,8 +203,11 @@ def build_order(
             f"(batch_size {batch_size} / data.lanes {lanes}): use a divisor of it"
         )
     weights = data.train_weights
-    if weights is None:
-        order: Order = ShuffledOrder(samples, seed, shards=shards, block_samples=block)
+    if balanced is not None:
+        _refuse_balance(data, remote)
+        order: Order = BalancedOrder(samples, balanced, seed)
+    elif weights is None:
+        order = ShuffledOrder(samples, seed, shards=shards, block_samples=block)
     else:
         if len(weights) != num_sources:
             raise InputError(
@@ -221,6 +227,18 @@ def build_order(
     if data.repeats > 1:
         order = RepeatedOrder(order, data.repeats)
     return LaneOrder(order, batch_size, lanes) if lanes > 1 else order
+
+
+def _refuse_balance(data: DataConfig, remote: bool) -> None:
+    """Raises InputError where samples of all classes cannot be had at any time."""
+    if remote:
+        raise InputError(
+            "data.balanced takes images from all shards at any time, and remote ones come one after another: copy them "
+            "to a local disk, or give class_weights balanced instead"
+        )
+    for name in ("train_weights", "block_samples"):
+        if getattr(data, name) is not None:
+            raise InputError(f"data.balanced and data.{name} are given, and each decides the order: take one back")
 
 
 def settings_of(order: Order) -> dict[str, Any]:

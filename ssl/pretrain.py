@@ -1,5 +1,7 @@
 """The pretraining stage: its task, its hooks, and the order in which they are put together."""
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,18 +18,21 @@ from .augment import CenterCrop, Normalize, random_crop
 from .batches import Batch, Samples
 from .checkpoint import state_folders
 from .config import PretrainConfig, steps_in
-from .engine import train
+from .encoder import Encoder
+from .engine import is_due, train
 from .errors import InputError
 from .export import ENCODER_EMA_FILE, ENCODER_FILE, ModelSpec, export_hub, export_weights, run_facts
 from .hybrid import has_batch_norm, with_statistics_of
 from .log import RunLog
 from .mae import MaskedAutoencoder, attach_decoder
 from .masking import MaskSampler
+from .online_probe import OnlineProbe
 from .optim import build_adamw, build_schedule, decay_groups
 from .order import FileOrder, labelled_subset
 from .pictures import filmstrip, reconstruction_picture, save_png, step_picture
+from .processes import micro_batch_size
 from .recompute import checkpoint_blocks
-from .released import load_encoder
+from .released import encoder_with_weights, load_decoder
 from .runs import write_result, write_run_files
 from .sharding import Whole, block_names
 from .signals import StopSignals
@@ -66,7 +71,7 @@ class PretrainTask(Task):
 
 def pretrain(config: PretrainConfig) -> Figures:
     """Runs pretraining to its end and leaves weights, hub folder, picture and figures in the run folder."""
-    opened = open_stage(config, config.init)
+    opened = open_stage(config, config.init, with_decoder=config.init_decoder)
     accelerator, run_dir = opened.accelerator, opened.run_dir
     autoencoder, spec, report = _build(config, opened)
     encoder = autoencoder.encoder
@@ -94,9 +99,9 @@ def pretrain(config: PretrainConfig) -> Figures:
     whole = Whole(task, accelerator, config.ema_decay)
     optimizer = build_adamw(decay_groups(task, config.optim.weight_decay, plain), config.optim)
 
-    # Read once: every export measures the batch norms on the same images.
+    # Read once: every export measures the batch norms on the same images, and so does every probe, on all processes.
     statistics_images: list[Tensor] = []
-    if has_batch_norm(encoder.timm) and accelerator.is_main_process:
+    if has_batch_norm(encoder.timm) and (accelerator.is_main_process or config.probe.every_steps):
         statistics_images += _whole_images(samples, accelerator.device, STATISTICS_IMAGES)
 
     def measured(model: nn.Module) -> nn.Module:
@@ -105,6 +110,17 @@ def pretrain(config: PretrainConfig) -> Figures:
         device = next(model.parameters()).device  # the host's, of the copy of a sharded one
         normalize = whole.module.normalize.to(device)
         return with_statistics_of(model, (normalize(images.to(device)) for images in statistics_images))
+
+    def released(encoder: Encoder) -> Encoder:
+        if has_batch_norm(encoder.timm):
+            timm_model, encoder = measured(encoder.timm), copy.deepcopy(encoder)
+            encoder.timm = timm_model
+        return encoder
+
+    probe = None
+    if config.probe.every_steps:
+        micro = micro_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+        probe = OnlineProbe(opened, config, whole, released, micro_batch_size=micro)
 
     def export(progress: dict[str, Any]) -> None:
         facts = run_facts("pretraining", progress, config.seed)
@@ -124,10 +140,21 @@ def pretrain(config: PretrainConfig) -> Figures:
         print(f"{report}\n{len(ids)} images{an_epoch}, {total_steps} steps of {config.batch_size}", flush=True)
         if statistics_images:
             print(f"batch norms are measured on {STATISTICS_IMAGES} whole images before every export", flush=True)
+        if probe is not None:
+            print(f"every {config.probe.every_steps} steps {probe.images} whole images are probed", flush=True)
     if isinstance(autoencoder.target, PCATarget):
         _fit_components(autoencoder.target, run_dir / "pca.safetensors", samples, task.normalize, accelerator)
     painter = Painter(opened, whole, masks)
-    hooks = Hooks("pretrain", painter.draw, config.picture_every_steps, export, whole, opened.fetching)
+
+    def look(step: int, log: RunLog, signals: StopSignals) -> Figures:
+        if step == total_steps or is_due(step, config.picture_every_steps):
+            painter.draw(step, log)
+        if probe is not None and (step == total_steps or is_due(step, config.probe.every_steps)):
+            return probe.measure(step, log, signals)
+        return {}
+
+    every = math.gcd(config.picture_every_steps, config.probe.every_steps)  # with 0 it is the other
+    hooks = Hooks("pretrain", look, every, export, whole, opened.fetching)
     figures = train(task, optimizer, samples, schedule, config, accelerator, hooks, run_dir)
     if accelerator.is_main_process:
         write_result(run_dir, "pretrain", finished=True, steps=total_steps, **figures)
@@ -143,7 +170,7 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
     if config.positions == "none":
         spec = replace(spec, args=spec.args | {"pos_embed": "none"})
     try:
-        encoder, report = load_encoder(spec, opened.weights)
+        encoder, report = encoder_with_weights(spec, opened.weights)
     except InputError as error:
         if config.positions == "none" and "pos_embed" in str(error):
             raise InputError(f"positions none: {spec.name} has no absolute positions to leave out") from error
@@ -164,6 +191,13 @@ def _build(config: PretrainConfig, opened: Opened) -> tuple[MaskedAutoencoder, M
         pred_share=config.pred_share,
         encode_masked=config.encode_masked,
     )
+    if config.init_decoder:
+        if opened.weights is None:
+            raise InputError("init_decoder takes the decoder from --init, which is not given")
+        report = f"{report}\n{load_decoder(autoencoder, opened.weights)}"
+        known = opened.weights.decoder
+        if known is not None and not known.notes and (known.target, known.loss) != (config.target, config.loss):
+            report = f"{report}; trained for target {known.target} and loss {known.loss}, which are now others"
     return autoencoder, spec, report
 
 
@@ -207,12 +241,11 @@ class Painter:
         samples = opened.samples(index, FileOrder(picked), CenterCrop(self.size, opened.config.data.crop_pct), masks)
         self.batch = samples.batch(0, len(picked)) if self.accelerator.is_main_process else None
 
-    def draw(self, step: int, log: RunLog, signals: StopSignals) -> Figures:
+    def draw(self, step: int, log: RunLog) -> None:
         """Writes the newest picture, also under its step below pictures/, and to TensorBoard; at the end, a filmstrip.
 
         A disk that refuses one ends no run.
         """
-        del signals  # it takes a moment only
         if self.batch is not None:
             autoencoder, normalize = self.whole.module.autoencoder, self.whole.module.normalize
             batch = self.batch.to(self.accelerator.device)
@@ -231,4 +264,3 @@ class Painter:
                 if step == log.total_steps and (film := filmstrip(folder, self.size, step)) is not None:
                     save_png(folder / "filmstrip.png", film)
                     log.picture(step, "filmstrip (masked, predicted after so many steps, original)", film)
-        return {}

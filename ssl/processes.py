@@ -1,9 +1,10 @@
 """The processes that share a run: what accelerate knows of them, how a batch is divided, and what they agree on."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
 )
 from jaxtyping import Float
@@ -23,6 +25,8 @@ from .loader import Loader
 from .sharding import apply_sharding, sharding_asked_for
 from .signals import StopSignals
 from .watch import alive
+
+Found = TypeVar("Found")
 
 
 def build_accelerator(precision: str) -> Accelerator:
@@ -71,6 +75,23 @@ def from_main(value: Any) -> Any:
     box = [value]
     broadcast_object_list(box)
     return box[0]
+
+
+def on_all(action: Callable[[], Found], turns: AbstractContextManager[Any] | None = None) -> Found:
+    """Returns what `action` does on each process; all of them must call it. `turns` says which of them goes first.
+
+    Raises InputError on all of them alike when one of them does, or else the others would wait for it for ever.
+    """
+    found: list[Found] = []
+    mistakes: list[str] = []
+    with turns or nullcontext():
+        try:
+            found.append(action())
+        except InputError as error:
+            mistakes.append(str(error))
+    if mistakes := gather_object(mistakes):
+        raise InputError(mistakes[0])
+    return found[0]
 
 
 def any_process(yes: bool, accelerator: Accelerator) -> bool:

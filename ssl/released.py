@@ -1,214 +1,179 @@
-"""Weights that come in: a run, a file, timm or the Hub, and a report of what matched."""
+"""From weights to models: an encoder or a masked autoencoder with them, and a report of what matched."""
 
-import argparse
-import inspect
-import json
 import math
-import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from PIL import Image
+from timm.data import create_transform
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
+from torchvision import transforms
 
 from .config import DataConfig, EncoderConfig
 from .encoder import Encoder
-from .encoders import build_encoder, create_timm_model, wrap
+from .encoders import build_encoder, create_timm_model
 from .errors import InputError
-from .export import CLASSIFIER_FILE, ENCODER_FILE, ModelSpec
+from .export import ModelSpec
+from .kinds import MergeOrder
+from .mae import MaskedAutoencoder, attach_decoder
 from .patches import pair
+from .relative_tables import resize_table
+from .spec import encoder_spec
+from .weights import HEAD, DecoderWeights, Weights, read_weights
 
-# A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
-HEAD = ("head.", "fc_norm.")
+__all__ = ["HEAD", "DecoderWeights", "Weights", "encoder_spec", "read_weights"]  # of others, for who loads by this file
+
+PATCHES = "patch_embed.proj.weight"
 PARAMETERS = (".weight", ".bias")
-# What a stage decides, or --init; encoder.args would change what is exported without a word.
-NOT_OF_AN_ENCODER = {
-    "pretrained": "give --init NAME to start from timm's weights",
-    "checkpoint_path": "give --init FILE to start from weights",
-    "num_classes": "an encoder has no classes; fine-tuning takes num_classes",
-    "global_pool": "an encoder has no pooling; fine-tuning takes pool",
-}
-OF_CREATE_MODEL = frozenset(inspect.signature(timm.create_model).parameters)  # files, addresses and the like
+CROP_PCT = 0.875  # of an evaluation that nothing else is known of, as `data.crop_pct`
+Transform = Callable[[Image.Image], Tensor]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Tensors under timm's keys, and what is known of the model they belong to."""
+def load_encoder(
+    source: str, *, img_size: int | tuple[int, int] | None = None, name: str | None = None, **timm_args: Any
+) -> tuple[Encoder, Transform]:
+    """Returns the encoder that `source` holds, in evaluation mode, and the transform that makes its input of an image.
 
-    source: str
-    tensors: dict[str, Tensor]  # of the encoder
-    spec: ModelSpec | None  # None: a file that does not say
-    head: dict[str, Tensor] = field(default_factory=dict)  # a classifier's own layers; empty: there is none
-    class_names: list[str] | None = None
+    `source` is whatever `--init` takes. The encoder gives tokens [B, prefix + N, D] (`encoder.timm` is timm's model);
+    the transform makes a PIL image a normalized tensor [C, H, W], resized and center-cropped as in evaluation. Another
+    `img_size` (side, or height and width, in pixels) resizes positions. Files that do not say which model they are of
+    need timm's `name` and, where it differs from timm's model of that name, `timm_args`.
 
-
-def read_weights(init: str) -> Weights:
-    """Returns the weights that `init` names: a run folder, a .safetensors or .pth file, timm's, hf-hub: or local-dir:.
-
-    Decoder weights are left out. Raises InputError when there is nothing of that name or it
-    cannot be read.
+    Raises InputError unless the encoder loads whole.
     """
-    path = Path(init).expanduser()
-    if path.is_dir():
-        for name in (ENCODER_FILE, CLASSIFIER_FILE):
-            if (path / name).is_file():
-                return _read_safetensors(path / name)
-        if (path / "config.json").is_file():
-            return _read_timm(f"local-dir:{path}")
+    weights = read_weights(source)
+    spec = _spec_for(weights, img_size, name, timm_args)
+    encoder, _ = encoder_with_weights(spec, weights)
+    return encoder.eval(), eval_transform(spec, encoder.img_size, weights.crop_pct or CROP_PCT)
+
+
+def load_autoencoder(
+    source: str, *, img_size: int | tuple[int, int] | None = None, merge_order: MergeOrder | None = None, **options: Any
+) -> MaskedAutoencoder:
+    """Returns the masked autoencoder that `source` holds, encoder and decoder, in evaluation mode.
+
+    `source` is whatever `--init` takes and holds a decoder: a full MAE or SimMIM file, a Hugging Face folder of either,
+    a run with its states. `options` are those of `attach_decoder` (decoder, target, loss ...) where the file does not
+    say: MAE's files for pictures want target="pixels". Raises InputError when either part does not load whole.
+    """
+    weights = read_weights(source, with_decoder=True, merge_order=merge_order)
+    if weights.decoder is None:
         raise InputError(
-            f"init {init}: the folder holds no {ENCODER_FILE} and no {CLASSIFIER_FILE}; a run writes them"
-            " with its states"
+            f"init {source}: holds an encoder without a decoder; give a full file (mae_pretrain_vit_base_full.pth), or "
+            "a run with its states"
         )
-    if path.is_file():
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    if init.startswith(("hf-hub:", "local-dir:")) or timm.is_model(init.split(".")[0]):
-        return _read_timm(init)
-    raise InputError(f"init {init}: no such file or folder, and timm has no model of that name")
+    spec = _spec_for(weights, img_size, None, {})
+    encoder, _ = encoder_with_weights(spec, weights)
+    encoder.train_positions(False)
+    known = weights.decoder
+    said = {"decoder": known.config, "target": known.target, "loss": known.loss, "encode_masked": known.encode_masked}
+    said["pca_components"] = known.pca_components
+    autoencoder = attach_decoder(encoder, in_chans=spec.args.get("in_chans", 3), **(said | options))
+    load_decoder(autoencoder, weights)
+    return autoencoder.eval()
 
 
-def _read_safetensors(path: Path) -> Weights:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
-            metadata = file.metadata() or {}
-        spec = _spec_in(metadata) if "architecture" in metadata else None
-        names = json.loads(metadata.get("class_names", "null"))
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"init {path}: not a readable safetensors file ({error})") from error
-    return Weights(str(path), *_split(tensors, spec), names if _are_names(names) else None)
+def _spec_for(
+    weights: Weights, img_size: int | tuple[int, int] | None, name: str | None, timm_args: dict[str, Any]
+) -> ModelSpec:
+    args = dict(timm_args) if img_size is None else {**timm_args, "img_size": list(pair(img_size))}
+    known = weights.spec.args if weights.spec is not None and name in (None, weights.spec.name) else {}
+    in_chans = args.get("in_chans", known.get("in_chans", 3))
+    data = DataConfig(train="", in_chans=in_chans)
+    return encoder_spec(EncoderConfig(name=name, args=args), data, weights)
 
 
-def _are_names(names: Any) -> bool:
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+class Mode:
+    """Turns a PIL image into color or grey."""
+
+    def __init__(self, in_chans: int) -> None:
+        self.mode = "L" if in_chans == 1 else "RGB"
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Returns the image in the mode."""
+        return image.convert(self.mode)
 
 
-def _spec_in(metadata: dict[str, str]) -> ModelSpec:
-    """Returns the model that a file says it is of. Raises KeyError, ValueError or RecursionError when it does not.
-
-    What a file says reaches `timm.create_model`: it may shape the model, but not name other files or addresses.
-    """
-    args, mean, std = (json.loads(metadata[key]) for key in ("timm_args", "mean", "std"))
-    if not isinstance(args, dict):
-        raise ValueError("its timm_args are no arguments by name")
-    if foreign := [key for key in args if key in OF_CREATE_MODEL or key.startswith("pretrained")]:
-        raise ValueError(f"its timm_args hold {foreign[0]}, which is not for a file to say")
-    size = args.get("img_size") or 1
-    if not all(isinstance(side, int) for side in (size if isinstance(size, list) and len(size) == 2 else [size])):
-        raise ValueError("its img_size is no size")
-    for name, values in (("mean", mean), ("std", std)):
-        least = 0.0 if name == "std" else -math.inf
-        numbers = isinstance(values, list) and values and all(isinstance(x, int | float) for x in values)
-        if not numbers or not all(least < x < math.inf for x in values):
-            raise ValueError(f"its {name} is not one number a channel")
-    return ModelSpec(metadata["architecture"], _headless(args), tuple(mean), tuple(std))
-
-
-def _read_pickled(path: Path) -> Weights:
-    """Reads tensors only: `weights_only` refuses code; argparse.Namespace, which MAE's files carry, is plain data."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for what is not its own format
-        raise InputError(
-            f"init {path}: not a .safetensors file, nor a .pth file of plain tensors ({type(error).__name__})"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+def eval_transform(spec: ModelSpec, img_size: tuple[int, int], crop_pct: float) -> Transform:
+    """Returns timm's evaluation transform of a PIL image in any mode: resize, center crop, normalize ([C, H, W])."""
+    in_chans = len(spec.mean)
+    plain: Any = create_transform(
+        (in_chans, *img_size), interpolation="bicubic", mean=spec.mean, std=spec.std, crop_pct=crop_pct
     )
-    if not tensors:
-        raise InputError(f"init {path}: holds no tensors by name")
-    return Weights(str(path), *_split(tensors, None))
+    return transforms.Compose([Mode(in_chans), *plain.transforms])
 
 
-def _read_timm(name: str) -> Weights:
-    try:
-        model: Any = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the Hub, the network and timm raise many kinds
-        raise InputError(
-            f"init {name}: timm cannot load these weights ({' '.join(str(error).split())[:300]})"
-        ) from error
-    wrap(model, name)  # refuses what cannot be pretrained
-    cfg: Any = model.pretrained_cfg
-    args = _headless(getattr(model, "_model_args", None) or {})  # what a hub folder's config.json adds to the name
-    args |= {"in_chans": cfg["input_size"][0], "img_size": list(pair(model.patch_embed.img_size))}
-    spec = ModelSpec(cfg.get("architecture") or name, args, tuple(cfg["mean"]), tuple(cfg["std"]))
-    return Weights(name, *_split(model.state_dict(), spec), cfg.get("label_names"))
-
-
-def _headless(args: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of the encoder below a classifier: the same without its classes."""
-    return {key: value for key, value in args.items() if key != "num_classes"}
-
-
-def _split(
-    tensors: dict[str, Tensor], spec: ModelSpec | None
-) -> tuple[dict[str, Tensor], ModelSpec | None, dict[str, Tensor]]:
-    """Returns the encoder's tensors, `spec` and the classifier's own layers, in the order that `Weights` has them.
-
-    A full MAE file also holds the decoder, which timm would take for DINOv2's: it is left out.
-    """
-    encoder = {name: x for name, x in tensors.items() if not name.startswith(("decoder", "mask_token", *HEAD))}
-    return encoder, spec, {name: x for name, x in tensors.items() if name.startswith(HEAD)}
-
-
-def encoder_spec(config: EncoderConfig, data: DataConfig, weights: Weights | None) -> ModelSpec:
-    """Returns the encoder to build: what the config says, and for what it leaves open, what the weights say.
-
-    Raises InputError when neither names a model, and when two options give different image sizes.
-    """
-    known = weights.spec if weights is not None else None
-    name = config.name or (known.name if known else None)
-    if name is None:
-        said = f"{weights.source} does not say which model it is: " if weights is not None else ""
-        raise InputError(f"{said}give encoder.name, a timm model such as vit_base_patch16_224")
-    sizes = {pair(size) for size in (config.img_size, data.img_size) if size is not None}
-    if len(sizes) > 1:
-        raise InputError(
-            f"encoder.img_size is {config.img_size} and data.img_size is {data.img_size}: give one of them"
-        )
-    for key in NOT_OF_AN_ENCODER.keys() & config.args.keys():
-        raise InputError(f"encoder.args.{key}: {NOT_OF_AN_ENCODER[key]}")
-    args = {**(known.args if known and known.name == name else {}), **config.args}
-    if sizes:
-        args["img_size"] = list(sizes.pop())
-    if args.setdefault("in_chans", data.in_chans) != data.in_chans:
-        raise InputError(f"the encoder takes {args['in_chans']} channels and data.in_chans is {data.in_chans}")
-    mean = data.mean or (known.mean if known else IMAGENET_DEFAULT_MEAN)
-    std = data.std or (known.std if known else IMAGENET_DEFAULT_STD)
-    return ModelSpec(name, args, _per_channel(mean, data.in_chans), _per_channel(std, data.in_chans))
-
-
-def load_encoder(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str]:
+def encoder_with_weights(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str]:
     """Returns the encoder with these weights, or with MAE's initial ones, and a sentence on what was loaded.
 
     Raises InputError when a tensor of the encoder is missing or has another shape.
     """
     encoder = build_encoder(spec.name, **spec.timm_args())
-    if weights is None:
+    if weights is None or weights.allow_partial:
         encoder.init_weights()
+    if weights is None:
         return encoder, f"encoder {spec.name}: initial weights"
     return encoder, load_weights(encoder.timm, weights)
 
 
 def load_weights(model: Any, weights: Weights) -> str:
-    """Loads an encoder's weights into a timm model, resizing positions to it. Returns a sentence on what matched.
+    """Loads an encoder's weights into a timm model, resizing to it. Returns a sentence on what they are and matched.
 
-    Absolute positions follow the grid of patches, tables of relative ones the windows, both by timm's interpolation.
+    Absolute positions follow the grid of patches (bicubic), the patch embedding the patch (`resample_patch_embed`).
+    Tables of relative positions follow the windows: bicubic, as Swin's code, where the weights came with a classifier's
+    head, else by SimMIM's geometric rule.
 
     A classifier's own layers (`head`, `fc_norm`) keep their values; a final norm that moved behind the pooling (`norm`)
-    is left out, as MAE does. Raises InputError when anything else is missing or has another shape.
+    is left out, as MAE does. Raises InputError when anything else is missing or has another shape; where `weights`
+    allow that, such tensors keep their values, but for all of them.
     """
     wanted = {name: x for name, x in model.state_dict().items() if not name.startswith(HEAD)}
-    given = dict(weights.tensors)
-    note = ""
+    given, notes = _resized(model, weights, wanted)
+    unused = sorted([*(name for name in given.keys() - wanted.keys()), *weights.unused])
+    matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
+    missing = [
+        f"{name} {'is missing' if name not in given else f'is {list(given[name].shape)}, not {list(x.shape)}'}"
+        for name, x in wanted.items()
+        if name not in matched
+    ]
+    foreign = [x for x in unused if x.startswith(("blocks.", "layers.")) and x.endswith(PARAMETERS)]
+    if missing and not (weights.allow_partial and matched):
+        what = f"{weights.kind}, " if weights.kind else ""
+        raise InputError(
+            f"init {weights.source}: {what}{len(missing)} of the encoder's {len(wanted)} tensors did not load "
+            f"({'; '.join(missing[:3])}{'; ...' if len(missing) > 3 else ''}): these weights are of another model; "
+            "give the encoder.name and encoder.args they were made with, or --allow_partial true to start such tensors "
+            "afresh"
+        )
+    if foreign and not weights.allow_partial:
+        raise InputError(
+            f"init {weights.source}: has {len(foreign)} tensors of blocks that the encoder lacks ({foreign[0]}, ...): "
+            "give the encoder.args it was made with"
+        )
+    model.load_state_dict(matched, strict=False)
+    if missing:
+        notes.append(
+            f"{len(missing)} keep their initial values: {'; '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+        )
+    if weights.decoder is not None:
+        notes.append(f"a decoder of {len(weights.decoder.tensors)} tensors beside it")
+    if unused:
+        notes.append(f"not used: {', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''} ({len(unused)})")
+    said = "".join(f"; {note}" for note in [*weights.notes, *notes])
+    return f"{weights.described()}: {len(matched)} of {len(wanted)} encoder tensors loaded{said}"
+
+
+def _resized(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the weights' tensors, in the sizes of the model where these can follow, and what was resized."""
+    given, notes = dict(weights.tensors), []
+    patches, new_patches = given.get(PATCHES), wanted.get(PATCHES)
+    if patches is not None and new_patches is not None and patches.ndim == new_patches.ndim == 4:
+        old, new = tuple(patches.shape[2:]), tuple(new_patches.shape[2:])
+        if old != new and patches.shape[:2] == new_patches.shape[:2]:
+            given[PATCHES] = resample_patch_embed(patches, list(new))
+            notes.append(f"patch embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} pixels")
     if "pos_embed" in given and "pos_embed" in wanted:
         new, old = tuple(model.patch_embed.grid_size), _old_grid(weights, model)
         if old != new:
@@ -216,32 +181,46 @@ def load_weights(model: Any, weights: Weights) -> str:
             given["pos_embed"] = resample_abs_pos_embed(
                 given["pos_embed"], list(new), list(old), num_prefix_tokens=prefix
             )
-            note = f"; positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
+            notes.append(f"positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
     tables = _resized_tables(model, weights, wanted)
-    given |= tables
-    note += f"; {len(tables)} tables of relative positions resized" if tables else ""
-    unused = sorted(name for name in given.keys() - wanted.keys())
-    matched = {name: x for name, x in given.items() if name in wanted and x.shape == wanted[name].shape}
-    if len(matched) < len(wanted):
-        missing = [
-            f"{name} {'is missing' if name not in given else f'is {list(given[name].shape)}, not {list(x.shape)}'}"
-            for name, x in wanted.items()
-            if name not in matched
-        ]
-        raise InputError(
-            f"init {weights.source}: {len(missing)} of the encoder's {len(wanted)} tensors did not load "
-            f"({'; '.join(missing[:3])}{'; ...' if len(missing) > 3 else ''}): these weights are of another model; "
-            "give the encoder.name and encoder.args they were made with"
+    if tables:
+        notes.append(f"{len(tables)} tables of relative positions resized ({_rule(weights)})")
+    return given | tables, notes
+
+
+def load_decoder(autoencoder: MaskedAutoencoder, weights: Weights) -> str:
+    """Loads the decoder of `weights` into an autoencoder, and the mask token that an encoder sees. Returns a sentence.
+
+    Positions are the file's, at its own grid; for another grid they are made anew, as waves. Raises InputError when
+    there is no decoder, or one of another shape, with the options that build it.
+    """
+    if weights.decoder is None:
+        raise InputError(f"init {weights.source}: holds no decoder; give a full file, or leave init_decoder false")
+    given = dict(weights.decoder.tensors)
+    positions = given.pop("decoder.pos_embed", None)
+    wanted = autoencoder.state_dict()
+    names = [name for name in wanted if not name.startswith("encoder.")]
+    wrong = [name for name in names if name not in given or given[name].shape != wanted[name].shape]
+    wrong += [name for name in given if name not in names]
+    if wrong:
+        config, pred = weights.decoder.config, given.get("decoder.pred.bias", ())
+        sizes = (
+            f"decoder.embed_dim {config.embed_dim}, decoder.depth {config.depth}, " if config.name != "linear" else ""
         )
-    foreign = [x for x in unused if x.startswith(("blocks.", "layers.")) and x.endswith(PARAMETERS)]
-    if foreign:
         raise InputError(
-            f"init {weights.source}: has {len(foreign)} tensors of blocks that the encoder lacks ({foreign[0]}, ...): "
-            "give the encoder.args it was made with"
+            f"init {weights.source}: its decoder does not fit ({', '.join(wrong[:3])}{', ...' * (len(wrong) > 3)}): it "
+            f"is of decoder.name {config.name}, {sizes}encode_masked {str(weights.decoder.encode_masked).lower()} and "
+            f"units of {len(pred)} values"
         )
-    model.load_state_dict(matched, strict=False)
-    note += f"; not used: {', '.join(unused[:4])}{', ...' if len(unused) > 4 else ''}" if unused else ""
-    return f"{weights.source}: {len(matched)} of {len(wanted)} encoder tensors loaded{note}"
+    autoencoder.load_state_dict({**wanted, **given})
+    note = "".join(f"; {note}" for note in weights.decoder.notes)
+    own = getattr(autoencoder.decoder, "pos_embed", None)
+    if positions is not None and own is not None:
+        if positions.shape == own.shape:
+            own.copy_(positions)
+        else:
+            note += f"; its positions made anew for {own.shape[1]} tokens, it had {positions.shape[1]}"
+    return f"{len(given)} of {len(names)} decoder tensors loaded{note}"
 
 
 def _resized_tables(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -268,10 +247,16 @@ def _resized_tables(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> 
                 "not say which it is: give encoder.args.window_size as they were trained"
             )
         if pair(window) != pair(new):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of timm's, about the kind of interpolation
-                found[name] = resize_rel_pos_bias_table(table, new, tuple(wanted[name].shape), pair(window))  # type: ignore[arg-type]
+            found[name] = resize_table(table, pair(window), pair(new), _rule(weights))
     return found
+
+
+def _rule(weights: Weights) -> Literal["geometric", "bicubic"]:
+    """Returns how tables of relative positions are resized: a head says that the weights were trained with labels.
+
+    So were all of transformers' Swins but those with a decoder, which are a kind of their own.
+    """
+    return "bicubic" if weights.head or weights.kind == "hf-swin" else "geometric"
 
 
 def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:
@@ -282,6 +267,9 @@ def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:
     """
     if weights.spec is not None and weights.spec.args.get("img_size") is not None:
         patch = model.patch_embed.feat_ratio(as_scalar=False)  # of patches, or of a stem and patches of its map
+        patches = weights.tensors.get(PATCHES)
+        if patches is not None and patches.ndim == 4 and not hasattr(model.patch_embed, "backbone"):
+            patch = tuple(patches.shape[2:])  # its own, where the model's is another
         height, width = (side // p for side, p in zip(pair(weights.spec.args["img_size"]), patch, strict=True))
         return height, width
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -296,14 +284,3 @@ def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:
             f"which grid it is (the model has {new[0]} x {new[1]}): give encoder.img_size as the weights were trained"
         )
     return side, side
-
-
-def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """Returns one value a channel; a single value serves all, and grey images take the mean of three."""
-    if len(values) == in_chans:
-        return tuple(values)
-    if len(values) == 1:
-        return tuple(values) * in_chans
-    if in_chans == 1:
-        return (sum(values) / len(values),)
-    raise InputError(f"data.mean and data.std have {len(values)} values for {in_chans} channels: give 1 or {in_chans}")

@@ -8,12 +8,12 @@ import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import yaml
 
-from .config import PretrainConfig, RunConfig, flat
+from .config import PretrainConfig, flat
 from .errors import InputError
 from .files import remove_leftovers, write_json, write_text
 
@@ -22,12 +22,24 @@ NEUTRAL = {
     "run_dir", "resume", "compile", "num_workers", "save_every_steps", "keep_states",
     "log_every_steps", "record_samples", "picture_every_steps", "evaluate_every_steps", "data.train", "data.val",
     "data.max_bad_share", "data.cache_dir", "data.cache_gb", "stall_timeout_s", "max_skipped_steps",
-    "grad_checkpointing",
+    "grad_checkpointing", "check_duplicates",
+    "probe.every_steps", "probe.train", "probe.val", "probe.images", "probe.neighbors", "probe.temperature",
     "data.lanes", "data.block_samples",  # these are compared as null is meant, with the state
 }  # fmt: skip
 
 
-def open_run(config: RunConfig) -> Path:
+@runtime_checkable
+class InFolder(Protocol):
+    """The options of a command that leaves its results in a folder."""
+
+    @property
+    def run_dir(self) -> str: ...
+
+    @property
+    def resume(self) -> Literal["auto", "never"]: ...
+
+
+def open_run(config: InFolder) -> Path:
     """Returns the run folder, made or found to hold this very run.
 
     Raises InputError when the folder holds something else, holds a run whose configuration would give other results
@@ -71,7 +83,7 @@ def is_unfinished(run_dir: Path) -> bool:
         return False
 
 
-def write_run_files(run_dir: Path, config: RunConfig, **facts: Any) -> None:
+def write_run_files(run_dir: Path, config: InFolder, **facts: Any) -> None:
     """Writes config.yaml, from which the run can be started again, and environment.json."""
     remove_leftovers(run_dir)
     if is_unfinished(run_dir):
@@ -128,7 +140,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def _differences(saved: dict[str, Any], config: InFolder) -> list[str]:
     """Returns what differs and matters. An option that the saved run did not know yet counts as left at its default."""
     before, now, defaults = flat(saved), flat(plain(config)), flat(_defaults(config))
     changed = []

@@ -184,7 +184,7 @@ def _folder(root: Path, labels: Literal["auto", "folders", "none"], val_share: f
     if not root.is_dir():
         raise InputError(f"source {root}: no such folder (and not one of: digits, cifar10)")
     roots = _split_folders(root, val_share)
-    found = {split: list(_files_below(folder)) for split, folder in roots.items()}
+    found = {split: list(files_below(folder)) for split, folder in roots.items()}
     files = {split: list(filter(is_image, paths)) for split, paths in found.items()}
     others = Counter(x.suffix.lower() or "no suffix" for paths in found.values() for x in paths if not is_image(x))
     if others and any(files.values()):
@@ -234,7 +234,7 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(FILE_SUFFIXES)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def files_below(root: Path) -> Iterator[Path]:
     """Yields the paths of files relative to `root`, sorted, hidden ones left out, links to folders followed."""
     visited = {os.path.realpath(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True):

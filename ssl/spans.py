@@ -3,7 +3,7 @@
 Without torch, so that the process that fetches remote shards knows them without loading it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class Spans:
@@ -64,3 +64,37 @@ class EvalSpans:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(self.first, self.last, self.batch_size):
             yield start, min(start + self.batch_size, self.last)
+
+
+class ChunkSpans(EvalSpans):
+    """Chunks of positions, each read whole by one rank: what is done chunk by chunk can be continued by any number."""
+
+    def __init__(self, chunks: Sequence[tuple[int, int]], *, batch_size: int, rank: int, world_size: int) -> None:
+        """Gives chunk i, positions first, ..., last - 1, to rank i % world_size."""
+        self.chunks, self.mine = chunks, chunks[rank::world_size]
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def of_rank(self, rank: int) -> "ChunkSpans":
+        """Returns the spans that another rank reads."""
+        return ChunkSpans(self.chunks, batch_size=self.batch_size, rank=rank, world_size=self.world_size)
+
+    @property
+    def largest(self) -> int:
+        """The most positions in a span."""
+        return max([1, *(min(self.batch_size, last - first) for first, last in self.mine)])
+
+    def __len__(self) -> int:
+        return sum(-(-(last - first) // self.batch_size) for first, last in self.mine)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for first, last in self.mine:
+            for start in range(first, last, self.batch_size):
+                yield start, min(start + self.batch_size, last)
+
+
+def chunks_of(numbers: Sequence[int], size: int, num_samples: int) -> list[tuple[int, int]]:
+    """Returns the first position of each of these chunks of `size` positions, and that behind its last."""
+    return [(number * size, min((number + 1) * size, num_samples)) for number in numbers]
+
+
+AnySpans = Spans | EvalSpans

@@ -4,7 +4,7 @@ import atexit
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,11 @@ from .log import append_jsonl
 from .masking import MaskSampler
 from .order import Order, build_order
 from .processes import build_accelerator, from_main
-from .released import Weights, encoder_spec, read_weights
 from .runs import open_run
 from .shard_names import sources
 from .small_images import SmallImages, find_small_images
+from .spec import encoder_spec
+from .weights import Weights, read_weights
 
 SEEN_WITHIN_S = 10.0  # what the main process has written in the run folder, by all others
 
@@ -47,8 +48,11 @@ class Opened:
     fetching: Fetching
     small: dict[int, SmallImages | None]  # by id of the index
 
-    def training_order(self, ids: Int[np.ndarray, " n"], batch_size: int) -> Order:
-        """Returns the order in which these samples of `train` are trained on. Raises InputError."""
+    def training_order(self, ids: Int[np.ndarray, " n"], batch_size: int, *, balanced: bool = False) -> Order:
+        """Returns the order in which these samples of `train` are trained on, or all classes equally often.
+
+        Raises InputError.
+        """
         data, train = self.config.data, self.train
         return build_order(
             data,
@@ -59,6 +63,7 @@ class Opened:
             seed=self.config.seed,
             batch_size=batch_size,
             remote=train.cache is not None,
+            balanced=train.label[ids] if balanced else None,
         )
 
     def samples(
@@ -69,15 +74,19 @@ class Opened:
         return Samples(index, order, transform, self.config.seed, self.config.data.in_chans, masks, small)
 
 
-def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False) -> Opened:
+def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False, with_decoder: bool = False) -> Opened:
     """Returns the surroundings that `config` names; `untrained` takes only the architecture from `init`.
+
+    `with_decoder` takes the decoder of a run in `init`, too.
 
     Raises InputError for whatever cannot be used.
     """
     accelerator = build_accelerator(config.precision)
     run_dir = _open_shared_run(config, accelerator)
     data = config.data
-    weights = read_weights(init) if init is not None else None  # before the shards, which may take long
+    weights = None
+    if init not in (None, "none"):  # before the shards, which may take long
+        weights = replace(read_weights(init, with_decoder=with_decoder), allow_partial=config.allow_partial)
     spec = encoder_spec(config.encoder, data, weights)
     if data.train_weights is not None and len(data.train_weights) != (count := len(sources(data.train))):
         raise InputError(

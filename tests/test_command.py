@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from quarterlight.finetune.config import FinetuneConfig, FinetuneOptimConfig, LinearProbeConfig, MixingConfig
+from quarterlight.finetune.probe_config import FewShotConfig, TrainProbeConfig
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import DataConfig, DecoderConfig, EncoderConfig, OptimConfig, PretrainConfig
 from quarterlight.ssl.errors import InputError, did_you_mean
@@ -85,6 +86,22 @@ def test_other_stages_have_their_own_groups():
     assert tuned.optim == FinetuneOptimConfig(layer_decay=0.65)
     probe = parse("--base_lrs", "[0.1, 0.2]", "--neighbors", "[5]", config=LinearProbeConfig)
     assert (probe.base_lrs, probe.neighbors) == ((0.1, 0.2), (5,))
+
+
+def test_an_option_that_is_true_or_false_may_stand_alone():
+    alone = parse("--eval_only", "--data.balanced", "--compile", "false", config=FinetuneConfig)
+    assert (alone.eval_only, alone.data.balanced, alone.compile) == (True, True, False)
+    assert parse("--eval_only=false", "--untrained", config=FinetuneConfig).untrained
+
+
+def test_only_fine_tuning_can_do_without_shards_to_train_on():
+    config = parse("--eval_only", "--data.val", "v", config=FinetuneConfig, required=("--run_dir", "r"))
+    assert config.data.train is None
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("balanced", "balanced"), ("[1, 2.5]", [1.0, 2.5]), ("null", None)])
+def test_class_weights_are_a_word_or_numbers(given: str, wanted: object):
+    assert parse("--class_weights", given, config=FinetuneConfig).class_weights == wanted
 
 
 def test_a_file_gives_options_and_a_later_file_wins(tmp_path: Path):
@@ -228,7 +245,13 @@ def test_other_ranks_are_refused_in_silence(
 
 @pytest.mark.parametrize(
     ("script", "config"),
-    [("pretrain.py", PretrainConfig), ("finetune.py", FinetuneConfig), ("linear_probe.py", LinearProbeConfig)],
+    [
+        ("pretrain.py", PretrainConfig),
+        ("finetune.py", FinetuneConfig),
+        ("linear_probe.py", LinearProbeConfig),
+        ("train_probe.py", TrainProbeConfig),
+        ("few_shot.py", FewShotConfig),
+    ],
 )
 def test_a_printed_config_fed_back_gives_the_same_config(tmp_path: Path, script: str, config: type):
     args = [
@@ -299,7 +322,7 @@ def documented_options(config: type, prefix: str = "") -> dict[str, str]:
 def config_class_of(script: Path) -> type | None:
     """Returns the one config class that a launch script imports at its top."""
     for node in ast.parse(script.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(".config"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("config"):
             names = [alias.name for alias in node.names if alias.name.endswith("Config")]
             return getattr(importlib.import_module(node.module), names[0])
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quarterlight.finetune.config import FinetuneConfig, FinetuneOptimConfig, LinearProbeConfig
+from quarterlight.finetune.probe_config import TrainProbeConfig
 from quarterlight.ssl.command import parse_config
 from quarterlight.ssl.config import (
     DataConfig,
@@ -22,8 +23,9 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.shard_config import ShardsConfig
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (ROOT / "ssl" / "config.py", ROOT / "finetune" / "config.py")
+SOURCES = (ROOT / "ssl" / "config.py", ROOT / "finetune" / "config.py", ROOT / "finetune" / "probe_config.py")
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear_probe": LinearProbeConfig}
+STAGES["train_probe"] = TrainProbeConfig
 RECIPES = [path for stage in STAGES for path in sorted((ROOT / "configs" / stage).glob("*.yaml"))]
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against a plain loop over the tars, in one process and in two. As a script: one rank of two."""
+"""Accuracy against a plain loop over the tars and scikit-learn, in one process and in two. As a script: one of two."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +16,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
 
-from quarterlight.finetune.evaluate import evaluate
+from quarterlight.finetune import confusion
+from quarterlight.finetune.evaluate import Outcomes, calibration_error, evaluate, outcomes
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
-from quarterlight.ssl.loader import build_loader
+from quarterlight.ssl.loader import Loader, build_loader
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.processes import build_accelerator
 from quarterlight.ssl.spans import EvalSpans
@@ -50,32 +53,57 @@ def classifier() -> nn.Module:
     return nn.Sequential(Normalize((0.5, 0.25, 0.75), (0.25, 0.5, 0.125)), head)
 
 
-def measured(path: Path, accelerator: Accelerator, *, batch_size: int = 4, num_workers: int = 0) -> dict[str, float]:
+def loader_of(path: Path, accelerator: Accelerator, *, batch_size: int = 4, num_workers: int = 0) -> Loader:
     index = open_index(str(path))
     samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((SIDE, SIDE), 1.0), 0)
     spans = EvalSpans(
         len(index), batch_size=batch_size, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    return evaluate(classifier(), build_loader(samples, spans, num_workers=num_workers), accelerator)
+    return build_loader(samples, spans, num_workers=num_workers)
+
+
+def measured(path: Path, accelerator: Accelerator, **how: int) -> dict[str, float]:
+    return evaluate(classifier(), loader_of(path, accelerator, **how), accelerator)
+
+
+def logits_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and logits, one image after another, without any of the code under test but the classifier's weights."""
+    head, labels, logits = classifier()[1].eval(), [], []
+    with tarfile.open(path) as tar:
+        for name in sorted(name for name in tar.getnames() if name.endswith(".png")):
+            pixels = np.array(Image.open(io.BytesIO(tar.extractfile(name).read())), dtype=np.float64) / 255
+            pixels = (pixels - [0.5, 0.25, 0.75]) / [0.25, 0.5, 0.125]
+            labels.append(int(tar.extractfile(name.replace(".png", ".cls")).read()))
+            logits.append(head(torch.tensor(pixels).permute(2, 0, 1)[None].float()).detach()[0].double().numpy())
+    return np.array(labels), np.array(logits)
+
+
+def plain_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Guo et al. 2017, equation 3, bin by bin."""
+    total = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            total += inside.sum() / len(confidence) * abs(correct[inside].mean() - confidence[inside].mean())
+    return total
 
 
 def expected(path: Path) -> dict[str, float]:
-    """The same figures, one image after another, without any of the code under test but the classifier's weights."""
-    head = classifier()[1].eval()
-    first, fifth, losses = 0, 0, []
-    with tarfile.open(path) as tar:
-        names = sorted(name for name in tar.getnames() if name.endswith(".png"))
-        for name in names:
-            pixels = np.array(Image.open(io.BytesIO(tar.extractfile(name).read())), dtype=np.float64) / 255
-            pixels = (pixels - [0.5, 0.25, 0.75]) / [0.25, 0.5, 0.125]
-            label = int(tar.extractfile(name.replace(".png", ".cls")).read())
-            logits = head(torch.tensor(pixels).permute(2, 0, 1)[None].float()).detach()[0].double()
-            order = logits.argsort(descending=True).tolist()
-            first += order[0] == label
-            fifth += label in order[:5]
-            losses.append(float(logits.logsumexp(0) - logits[label]))
-    count = len(names)
-    return {"top1": 100 * first / count, "top5": 100 * fifth / count, "loss": sum(losses) / count, "images": count}
+    """The figures by scikit-learn."""
+    labels, logits = logits_of(path)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    all_classes = np.arange(CLASSES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few labels, classes without an image
+        return {
+            "top1": 100 * top_k_accuracy_score(labels, p, k=1, labels=all_classes),
+            "top5": 100 * top_k_accuracy_score(labels, p, k=5, labels=all_classes),
+            "loss": log_loss(labels, p, labels=all_classes),
+            "images": len(labels),
+            "mean_class_top1": 100 * balanced_accuracy_score(labels, p.argmax(axis=1)),
+            "ece_pct": 100 * plain_calibration_error(p.max(axis=1), p.argmax(axis=1) == labels),
+        }
 
 
 @pytest.fixture
@@ -162,11 +190,58 @@ def test_an_unreadable_image_is_refused_on_every_process(folder: Path, ranks: li
         assert "004" in found["bad"]
 
 
+@pytest.mark.parametrize("count", [1, 2, 21])
+def test_two_processes_read_every_image_once_in_the_order_of_the_files(folder: Path, ranks: list[dict], count: int):
+    labels, logits = logits_of(folder / f"{count}.tar")
+    keys = [key for found in ranks for key in found[f"keys {count}"]]
+    assert keys == [f"{i:03d}" for i in range(count)]
+    for found in ranks:
+        judged = found[f"outcomes {count}"]
+        assert judged["labels"] == labels.tolist() and judged["predicted"] == logits.argmax(axis=1).tolist()
+        assert judged["matrix"] == confusion_matrix(labels, logits.argmax(axis=1), labels=range(CLASSES)).tolist()
+
+
+def test_several_classifiers_are_judged_in_one_pass(folder: Path, accelerator: Accelerator):
+    loader = loader_of(folder / "21.tar", accelerator)
+    passes = []
+    inside = loader.samples.batch
+    loader.samples.batch = lambda *where: passes.append(where) or inside(*where)
+    other = classifier()
+    nn.init.zeros_(other[1][2].weight)
+    first, second = outcomes([classifier(), other], loader, accelerator)
+    assert len(passes) == 6  # batches of 4
+    assert first.figures() == pytest.approx(measured(folder / "21.tar", accelerator))
+    assert len(set(second.predicted.tolist())) == 1 and second.figures() != first.figures()
+
+
+@pytest.mark.parametrize("sure", [0.0, 1.0, 6.0])
+def test_the_calibration_error_is_that_of_the_formula(sure: float):
+    random = np.random.default_rng(1)
+    confidence = 1 - random.random(500) ** (1 + sure) * 0.9
+    correct = random.random(500) < confidence**2
+    confidence[:4] = [1.0, 2 / 15, 1 / 15, 1e-9]  # edges of bins belong to the lower one
+    wanted = plain_calibration_error(confidence, correct)
+    assert calibration_error(confidence, correct) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_calibration_error_of_who_is_always_right_to_say_so_is_zero():
+    assert calibration_error(np.ones(5, np.float32), np.ones(5, bool)) == 0
+    assert calibration_error(np.ones(4, np.float32), np.array([True, False, True, False])) == 0.5
+
+
 def main(folder: Path) -> None:
-    """Measures on this rank of two and writes rank-N.json."""
-    accelerator = build_accelerator("no")
+    """One rank of two."""
+    accelerator, found = build_accelerator("no"), {}
     assert accelerator.num_processes == 2
-    found: dict[str, object] = {str(count): measured(folder / f"{count}.tar", accelerator) for count in (1, 2, 21)}
+    for count in (1, 2, 21):
+        path = folder / f"{count}.tar"
+        found[str(count)] = measured(path, accelerator)
+        found[f"keys {count}"] = [key for batch in loader_of(path, accelerator) for key in batch.keys]
+        judged: Outcomes = outcomes([classifier()], loader_of(path, accelerator), accelerator)[0]
+        matrix = confusion.confusion_matrix(judged, CLASSES).tolist()
+        found[f"outcomes {count}"] = {
+            "labels": judged.labels.tolist(), "predicted": judged.predicted.tolist(), "matrix": matrix
+        }  # fmt: skip
     try:
         measured(folder / "bad.tar", accelerator)
     except InputError as error:

@@ -19,14 +19,17 @@ from conftest import write_tars
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quarterlight.finetune.features import extract, pooled
+from quarterlight.finetune import features as features_module
+from quarterlight.finetune.features import extract, extract_table
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.encoders import build_encoder
-from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.errors import InputError, Stopped
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.pooling import pooled, pooled_layers
 from quarterlight.ssl.processes import build_accelerator
+from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.vit import ViTEncoder
 
 NAME, COUNT = "vit_tiny_patch16_224", 13
@@ -118,8 +121,8 @@ def test_features_need_no_gradient(shards: str, accelerator: Accelerator, tmp_pa
 
 def test_a_second_time_nothing_is_computed(shards: str, accelerator: Accelerator, tmp_path: Path):
     first = extracted(shards, accelerator, tmp_path / "cache")
-    (part,) = (tmp_path / "cache").iterdir()
-    marked = load_file(part)
+    (part,) = (tmp_path / "cache").glob("*/*")
+    marked = {name: x.clone() for name, x in load_file(part).items()}  # of the file that is about to be replaced
     save_file(marked | {"avg": marked["avg"] + 1}, part)
     second = extracted(shards, accelerator, tmp_path / "cache")
     torch.testing.assert_close(second[0]["avg"], first[0]["avg"] + 1, rtol=0, atol=0)
@@ -152,6 +155,83 @@ def test_shards_that_moved_are_not_computed_anew(shards: str, accelerator: Accel
     shutil.move(tmp_path / "shards", tmp_path / "moved")
     assert_same(extracted(str(tmp_path / "moved" / "val-*.tar"), accelerator, tmp_path / "cache"), first)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_features_of_the_last_layers_are_those_of_single_blocks(shards: str, accelerator: Accelerator, tmp_path: Path):
+    model = encoder(depth=5)
+    read = samples(shards)
+    table = extract_table(model, NORMALIZE, read, accelerator, tmp_path, layers=True, batch_size=4, num_workers=0)
+    timm, x = model.timm, NORMALIZE(read.batch(0, COUNT).images)
+    found = {}
+    with torch.no_grad():
+        x = timm._pos_embed(timm.patch_embed(x))
+        for i, block in enumerate(timm.blocks):
+            x = block(x)
+            found[5 - i] = timm.norm(x)
+    expected = {"avg": found[1][:, 1:].mean(dim=1), "token": found[1][:, 0]}
+    expected |= {f"last{i}": found[i][:, 0] for i in (2, 3, 4)}
+    torch.testing.assert_close(table.load(), expected, rtol=0, atol=1e-5)
+    assert table.load(["last3"]).keys() == {"last3"}
+
+
+def test_features_of_a_swin_are_those_of_its_stages():
+    model = build_encoder("swin_tiny_patch4_window7_224", img_size=64, embed_dim=12, depths=(1, 1, 1, 1),
+                          num_heads=(1, 1, 1, 1), window_size=2).eval()  # fmt: skip
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        found, x = pooled_layers(model, images), model.timm.patch_embed(images)
+        for i, stage in zip((4, 3, 2), model.timm.layers, strict=False):
+            x = stage(x)
+            torch.testing.assert_close(found[f"last{i}"], x.mean(dim=(1, 2)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found["avg"], model.timm.forward_head(model.timm.forward_features(images)))
+    assert found.keys() == {"avg", "last2", "last3", "last4"}
+
+
+def test_half_precision_halves_the_cache_and_is_refused_where_it_does_not_hold_a_feature(
+    shards: str, accelerator: Accelerator, tmp_path: Path
+):
+    given = {"batch_size": 4, "num_workers": 0}
+    exact = extract_table(encoder(), NORMALIZE, samples(shards), accelerator, tmp_path, **given).load()
+    half = extract_table(encoder(), NORMALIZE, samples(shards), accelerator, tmp_path, dtype="float16", **given).load()
+    for name, x in half.items():
+        assert x.dtype == torch.float16
+        torch.testing.assert_close(x.float(), exact[name], rtol=1e-3, atol=1e-4)
+    large = copy.deepcopy(encoder())
+    with torch.no_grad():
+        large.timm.norm.bias.add_(1e6)
+    with pytest.raises(InputError, match="feature_dtype float16.*use float32"):
+        extract_table(large, NORMALIZE, samples(shards), accelerator, tmp_path / "b", dtype="float16", **given)
+
+
+def test_a_stopped_extraction_keeps_its_chunks_and_any_number_of_processes_goes_on(
+    shards: str, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for size in ("LEAST_CHUNK", "MOST_CHUNK"):
+        monkeypatch.setattr(features_module, size, 3)
+    given = {"batch_size": 2, "num_workers": 0}
+
+    class Later(StopSignals):  # asked to stop at the fifth look: behind the second of five chunks
+        looks = 0
+
+        @property
+        def received(self) -> str | None:
+            Later.looks += 1
+            return "SIGTERM" if Later.looks > 4 else None
+
+        @received.setter
+        def received(self, value: object) -> None: ...
+
+    with pytest.raises(Stopped):
+        extract_table(encoder(), NORMALIZE, samples(shards), accelerator, tmp_path / "cache", signals=Later(), **given)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/*")}
+    assert sorted(kept) == ["000000000-000000003.safetensors", "000000003-000000006.safetensors"]
+    found = extract(encoder(), NORMALIZE, samples(shards), accelerator, tmp_path / "cache", **given)
+    assert_same(found, plain(shards))
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/*")}
+    assert len(after) == 5 and kept.items() <= after.items()
+    with pytest.raises(InputError, match="cannot be read.*delete it"):
+        (path := sorted((tmp_path / "cache").glob("*/*"))[0]).write_bytes(path.read_bytes()[:50])
+        extract(encoder(), NORMALIZE, samples(shards), accelerator, tmp_path / "cache", **given)
 
 
 def test_an_unreadable_image_is_refused_and_nothing_is_kept(shards: str, accelerator: Accelerator, tmp_path: Path):

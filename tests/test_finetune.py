@@ -22,7 +22,7 @@ from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.entries import ShardEntries
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex
-from quarterlight.ssl.released import load_encoder, read_weights
+from quarterlight.ssl.released import encoder_with_weights, read_weights
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -145,7 +145,10 @@ def test_probe_reports_both_poolings_and_neighbors_alike_for_one_and_two_process
     printed = launch("linear_probe.py", given).stdout
     launch("linear_probe.py", given | {"run_dir": str(tmp_path / "two")}, processes=2)
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
-    assert set(one["best_by_pool"]) == {"avg", "token"} and set(one["knn_top1"]) == {"avg_k5", "token_k5"}
+    assert set(one["best_by_input"]) == {"avg", "token", "both", "last4", "last4_avg"} and set(one["knn_top1"]) == {
+        "avg_k5",
+        "token_k5",
+    }
     assert one["val_images"] == 21 and one["knn_top1"]["avg_k5"] > 40
     assert (one["linear_top1"], one["knn_top1"]) == (two["linear_top1"], two["knn_top1"])
     assert "linear probe" in printed and "k-NN" in printed
@@ -167,7 +170,7 @@ def test_the_best_classifier_of_an_attempt_that_saved_no_state_is_forgotten(
 def test_a_fine_tuning_run_serves_as_init(finetuned):
     weights = read_weights(str(finetuned))
     assert weights.source.endswith("classifier.safetensors")
-    encoder, report = load_encoder(weights.spec, weights)
+    encoder, report = encoder_with_weights(weights.spec, weights)
     assert "encoder tensors loaded" in report and encoder.timm.num_classes == 0
     wanted = load_file(finetuned / "classifier.safetensors")
     assert torch.equal(encoder.timm.blocks[1].mlp.fc1.weight, wanted["blocks.1.mlp.fc1.weight"])

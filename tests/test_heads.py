@@ -1,6 +1,7 @@
 """Classifiers on top of encoders, against timm's own with the same tensors."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from quarterlight.ssl.config import DataConfig, EncoderConfig
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec, export_hub, export_weights
-from quarterlight.ssl.released import Weights, encoder_spec, load_encoder, read_weights
+from quarterlight.ssl.patches import pair
+from quarterlight.ssl.relative_tables import resize_table
+from quarterlight.ssl.released import Weights, encoder_spec, encoder_with_weights, read_weights
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": [32, 32], "in_chans": 3, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -126,7 +129,7 @@ def test_the_spec_builds_the_classifier_again_without_drop_path(weights: Weights
 def test_positions_are_resized_to_the_image_size_of_the_spec(weights: Weights, pool: str):
     spec = ModelSpec(NAME, ARGS | {"img_size": [48, 40]}, SPEC.mean, SPEC.std)
     model, _, report = build_classifier(spec, weights, num_classes=10, pool=pool, drop_path=0.0)
-    encoder, _ = load_encoder(spec, weights)
+    encoder, _ = encoder_with_weights(spec, weights)
     torch.testing.assert_close(model.pos_embed, encoder.timm.pos_embed, rtol=0, atol=0)
     assert "positions resized from 4 x 4 to 6 x 5 patches" in report
 
@@ -170,7 +173,7 @@ def test_timm_loads_an_exported_classifier_with_the_same_logits(weights: Weights
 def test_a_classifier_serves_as_an_encoder_without_its_head(weights: Weights, tmp_path: Path, pool: str, exported: str):
     model = fine_tuned(weights, pool, tmp_path)
     found = read_weights(str(tmp_path / exported))
-    encoder, _ = load_encoder(encoder_spec(EncoderConfig(), DATA, found), found)
+    encoder, _ = encoder_with_weights(encoder_spec(EncoderConfig(), DATA, found), found)
     torch.testing.assert_close(encoder.eval()(IMAGES), model.forward_features(IMAGES), rtol=0, atol=1e-6)
     assert encoder.timm.num_classes == 0
 
@@ -230,7 +233,7 @@ def test_a_swins_classifier_has_the_encoders_weights_and_pools_its_tokens(kind: 
     assert report == f"x: {len(weights.tensors)} of {len(weights.tensors)} encoder tensors loaded"
     assert 1e-5 < model.head.fc.weight.std() < 3e-5 and not model.head.fc.bias.any()
     nn.init.normal_(model.head.fc.weight)
-    encoder, _ = load_encoder(swin_spec(kind), weights)
+    encoder, _ = encoder_with_weights(swin_spec(kind), weights)
     logits = encoder(SWIN_IMAGES).mean(dim=1) @ model.head.fc.weight.T
     torch.testing.assert_close(model.eval()(SWIN_IMAGES), logits, rtol=0, atol=1e-5)
     again = timm.create_model(spec.name, **spec.args).eval()
@@ -250,38 +253,33 @@ def test_a_swin_cannot_be_pooled_by_a_class_token():
         build_classifier(swin_spec(), None, num_classes=10, pool="token", drop_path=0.0)
 
 
-def of_another_window(spec: ModelSpec, weights: Weights, **size) -> dict[str, Tensor]:
-    """Returns the tensors after timm's own change of image and window size."""
-    model = timm.create_model(spec.name, num_classes=0, **spec.timm_args())
-    model.load_state_dict(weights.tensors, strict=True)
-    model.set_input_size(**size)
-    return model.state_dict()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # timm's own, of its indexing
-def test_tables_of_relative_positions_are_resized_to_the_windows_of_the_spec():
-    weights = swin_weights(swin_spec(img_size=[224, 224], window_size=7))
-    spec = swin_spec(img_size=[192, 192], window_size=6)
+@pytest.mark.parametrize(
+    ("old", "new", "sizes"),
+    [
+        ((7, 7), (6, 6), (224, 192)),
+        ((4, 8), (4, 4), ((128, 256), 256)),
+        ((4, 8), (8, 4), ((128, 256), 256)),
+        ((2, 14), (4, 4), ((64, 448), 256)),
+    ],
+)
+@pytest.mark.parametrize("rule", ["geometric", "bicubic"])
+def test_tables_of_relative_positions_are_resized_to_the_windows_of_the_spec(rule: str, old, new, sizes):
+    """By SimMIM's rule for weights of pretraining, by that of Swin's code for those of a classifier."""
+    before, after = (list(pair(size)) for size in sizes)
+    weights = swin_weights(swin_spec(img_size=before, window_size=old))
+    if rule == "bicubic":
+        weights = replace(weights, head={"head.fc.weight": torch.zeros(10, 192), "head.fc.bias": torch.zeros(10)})
+    spec = swin_spec(img_size=after, window_size=new)
     model, _, report = build_classifier(spec, weights, num_classes=10, pool="avg", drop_path=0.0)
-    wanted = of_another_window(weights.spec, weights, img_size=(192, 192), window_size=6)
-    tensors = model.state_dict()
-    tables = [name for name in wanted if name.endswith("relative_position_bias_table")]
-    assert len(tables) == 8 and all(tensors[name].shape[0] == 11**2 for name in tables)
-    for name, x in wanted.items():
-        torch.testing.assert_close(tensors[name], x, rtol=0, atol=1e-6)
-    assert report == "x: 119 of 119 encoder tensors loaded; 8 tables of relative positions resized"
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
-@pytest.mark.parametrize(("old", "new"), [((4, 8), (4, 4)), ((4, 8), (8, 4)), ((2, 14), (4, 4))])
-def test_tables_of_windows_that_are_not_square_are_resized_too(old: tuple[int, int], new: tuple[int, int]):
-    weights = swin_weights(swin_spec(img_size=[32 * old[0], 32 * old[1]], window_size=old))
-    model, _, _ = build_classifier(
-        swin_spec(img_size=[256, 256], window_size=new), weights, num_classes=10, pool="avg", drop_path=0.0
-    )
-    wanted = of_another_window(weights.spec, weights, img_size=(256, 256), window_size=new)
-    for name, x in wanted.items():
+    trained, resized = timm.create_model(spec.name, **weights.spec.timm_args()), 0
+    for name, x in weights.tensors.items():
+        if name.endswith("relative_position_bias_table"):
+            attention = name.removesuffix(".relative_position_bias_table")
+            was, now = (model_of.get_submodule(attention).window_size for model_of in (trained, model))
+            if was != now:
+                x, resized = resize_table(x, was, now, rule), resized + 1
         torch.testing.assert_close(model.state_dict()[name], x, rtol=0, atol=1e-6)
+    assert resized and f"; {resized} tables of relative positions resized ({rule})" in report
 
 
 def test_a_swinv2_takes_other_windows_as_it_is():

@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from quarterlight.finetune.knn import knn_predictions
+from quarterlight.ssl.knn import knn_predictions
 
 GENERATOR = torch.Generator().manual_seed(0)
 CLASSES = 4
@@ -52,7 +52,7 @@ def test_the_length_of_a_feature_does_not_matter():
 
 @pytest.mark.parametrize("chunk", [1, 7, 101, 500])
 def test_chunks_do_not_change_predictions(chunk: int):
-    assert torch.equal(ours(chunk=chunk), ours())
+    assert torch.equal(ours(query_block=chunk), ours())
 
 
 def test_more_neighbors_than_features_are_all_features():

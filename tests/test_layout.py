@@ -29,6 +29,7 @@ ORDER = [
     "masking",
     "pos_embed",
     "epochs",
+    "balanced",
     "order",
     "tar_scan",
     "entries",
@@ -65,10 +66,14 @@ ORDER = [
     "window_groups",
     "swin",
     "encoders",
+    "pooling",
+    "knn",
+    "ridge",
     "targets",
     "decoder",
     "mae",
     "sources",
+    "loose_files",
     "encode",
     "shard_records",
     "shards",
@@ -86,13 +91,70 @@ ORDER = [
     "incidents",
     "task",
     "engine",
+    "model_card",
     "export",
+    "pickles",
+    "renaming",
+    "kinds",
+    "architectures",
+    "huggingface",
+    "weights",
+    "spec",
+    "relative_tables",
     "released",
+    "convert",
+    "export_config",
+    "layouts",
+    "plain_vit",
+    "hugging_face",
+    "graphs",
+    "half",
+    "hub",
     "stage",
     "pictures",
+    "online_probe",
     "pretrain",
 ]
-FINETUNE_ORDER = ["config", "evaluate", "heads", "mixing", "features", "knn", "classify", "linear_probe"]
+FINETUNE_ORDER = [
+    "config",
+    "probe_config",
+    "evaluate",
+    "confusion",
+    "duplicates",
+    "heads",
+    "partial",
+    "mixing",
+    "eval_only",
+    "intervals",
+    "features",
+    "classify",
+    "probe_grid",
+    "linear_probe",
+    "lars",
+    "frozen",
+    "train_probe",
+    "logistic",
+    "sub_runs",
+    "few_shot",
+    "release",
+    "usage",
+    "publish",
+    "use_config",
+    "inputs",
+    "network",
+    "parts",
+    "rows",
+    "tables",
+    "predict",
+    "embeddings",
+    "embed",
+    "neighbors_picture",
+    "neighbors",
+    "occlusion",
+    "damage",
+    "robustness_picture",
+    "robustness",
+]
 # finetune/pictures/, which no stage may import: matplotlib costs seconds, and pictures are no part of training.
 PICTURES = "finetune/pictures"
 PICTURES_ORDER = [
@@ -108,6 +170,18 @@ PICTURES_ORDER = [
     "curves",
     "visualize",
 ]
+# Two more such folders: plotly and gradio are needed by them only.
+REPORT, PLAYGROUND = "finetune/report", "finetune/playground"
+REPORT_ORDER = ["config", "template", "run_folder", "tables", "images", "curves", "page"]
+PLAYGROUND_ORDER = ["config", "scene", "app"]
+ASIDE = (PICTURES, REPORT, PLAYGROUND)
+ORDERS = {
+    "ssl": ORDER,
+    "finetune": FINETUNE_ORDER,
+    PICTURES: PICTURES_ORDER,
+    REPORT: REPORT_ORDER,
+    PLAYGROUND: PLAYGROUND_ORDER,
+}
 
 
 def files(folder: str) -> list[Path]:
@@ -134,9 +208,10 @@ def imported(file: Path) -> set[tuple[str, str]]:
 def test_packages_are_the_folders_with_code():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
-    assert folders == {Path(folder) for folder in (*ROOMS, PICTURES)}
-    assert {f"quarterlight.{'.'.join(folder.parts)}" for folder in folders} == set(setuptools["packages"])
-    assert setuptools["package-dir"] == {f"quarterlight.{'.'.join(folder.parts)}": str(folder) for folder in folders}
+    assert folders == {Path(folder) for folder in (*ROOMS, *ASIDE)}
+    names = {f"quarterlight.{'.'.join(folder.parts)}": folder.as_posix() for folder in folders}
+    assert set(setuptools["packages"]) == set(names)
+    assert setuptools["package-dir"] == names
 
 
 def test_no_folder_is_a_regular_package():
@@ -149,7 +224,7 @@ def test_ssl_from_the_root_is_the_standard_library():
     assert Path(found.stdout.strip()).is_relative_to(sysconfig.get_path("stdlib"))
 
 
-@pytest.mark.parametrize("folder", [*ROOMS, PICTURES, "launch"])
+@pytest.mark.parametrize("folder", [*ROOMS, *ASIDE, "launch"])
 def test_no_file_has_the_name_of_a_module_it_would_hide(folder):
     taken = set(sys.stdlib_module_names) | {"torch", "timm", "accelerate", "numpy", "webdataset", "tensorboard"}
     assert not {file.stem for file in files(folder)} & taken
@@ -162,19 +237,20 @@ def test_imports_stay_inside_the_walls(folder):
 
 
 def test_pictures_are_imported_by_no_stage():
-    inside = {("finetune", "pictures")}
+    inside = {("finetune", Path(folder).name) for folder in ASIDE}
     allowed = {"visualize.py", "report.py", "playground.py"}
     importing = {file.name for folder in (*ROOMS, "launch") for file in files(folder) if imported(file) & inside}
     assert importing <= allowed
-    for file in files(PICTURES):
-        rooms = {room for room, _ in imported(file)}
-        assert rooms <= {"ssl", "finetune", "pictures"}, f"{file.name} imports {rooms}"
+    for folder in ASIDE:
+        for file in files(folder):
+            rooms = {room for room, _ in imported(file)}
+            assert rooms <= {"ssl", "finetune", Path(folder).name}, f"{file.name} imports {rooms}"
     for room in ROOMS:
         for file in files(room):
-            assert "matplotlib" not in file.read_text(), file
+            assert not {x for x in ("matplotlib", "plotly", "gradio") if x in file.read_text()}, file
 
 
-@pytest.mark.parametrize(("room", "order"), [("ssl", ORDER), ("finetune", FINETUNE_ORDER), (PICTURES, PICTURES_ORDER)])
+@pytest.mark.parametrize(("room", "order"), ORDERS.items())
 def test_a_file_imports_only_earlier_files(room, order):
     assert [file.stem for file in files(room)] == sorted(order)
     for file in files(room):
@@ -185,7 +261,7 @@ def test_a_file_imports_only_earlier_files(room, order):
 
 def test_every_file_is_described():
     described = (ROOT / "docs" / "architecture.md").read_text()
-    all_files = [file for folder in (*ROOMS, PICTURES) for file in files(folder)]
+    all_files = [file for folder in (*ROOMS, *ASIDE) for file in files(folder)]
     assert [file.name for file in all_files if f"`{file.name}`" not in described] == []
 
 
@@ -205,12 +281,8 @@ def test_launch_scripts_are_short():
 def test_wheel_is_complete(tmp_path):
     """Builds a wheel, installs it away from the checkout, and imports every module of it there."""
     source, wheels, venv = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
-    tracked = [
-        *files("ssl"),
-        *files("finetune"),
-        *files(PICTURES),
-        *(ROOT / x for x in ("pyproject.toml", "README.md", "LICENSE")),
-    ]
+    tracked = [file for folder in (*ROOMS, *ASIDE) for file in files(folder)]
+    tracked += [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
     for file in tracked:
         target = source / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,9 +304,7 @@ def test_wheel_is_complete(tmp_path):
     subprocess.run(install, check=True, cwd=tmp_path)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files stay unread
     modules = [
-        f"quarterlight.{folder.replace('/', '.')}.{file.stem}"
-        for folder in (*ROOMS, PICTURES)
-        for file in files(folder)
+        f"quarterlight.{folder.replace('/', '.')}.{file.stem}" for folder in (*ROOMS, *ASIDE) for file in files(folder)
     ]
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {modules}])"
     found = subprocess.run(
@@ -245,10 +315,12 @@ def test_wheel_is_complete(tmp_path):
 
 def test_configs_are_read_by_their_commands():
     from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+    from quarterlight.finetune.probe_config import TrainProbeConfig
     from quarterlight.ssl.command import parse_config
     from quarterlight.ssl.config import PretrainConfig
 
     stages = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear_probe": LinearProbeConfig}
+    stages |= {"train_probe": TrainProbeConfig, "few_shot": FinetuneConfig}  # few_shot.py hands these to finetune.py
     for folder, config_class in stages.items():
         recipes = sorted((ROOT / "configs" / folder).glob("*.yaml"))
         assert recipes

@@ -5,11 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quarterlight.finetune.config import MixingConfig
-from quarterlight.finetune.mixing import MixedLoss
+from quarterlight.finetune.mixing import MixedLoss, class_weights_for
 from quarterlight.ssl.errors import InputError
 
 CLASSES, BATCH, SIDE = 5, 4, 16
@@ -155,3 +156,83 @@ def test_a_half_precision_classifier_is_scored_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert classifier(flat_images()).dtype == torch.bfloat16
         assert loss(classifier, flat_images(), LABELS).dtype == torch.float32
+
+
+GIVEN = torch.randn(6, 4, generator=torch.Generator().manual_seed(5)) * 2
+SKEWED = torch.tensor([0, 1, 2, 3, 0, 0])
+
+
+class Fixed(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return GIVEN
+
+
+def weighted(weights: list[float], **mixing: float) -> tuple[float, MixedLoss]:
+    given = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "random_erasing": 0.0} | mixing
+    loss = MixedLoss(MixingConfig(**given), num_classes=4, batch_size=6, class_weights=torch.tensor(weights))
+    np.random.seed(3)
+    torch.manual_seed(3)
+    return float(loss(Fixed(), torch.rand(6, 3, 8, 8), SKEWED)), loss
+
+
+WEIGHTS = [0.5, 4.0, 1.0, 2.0]
+
+
+def test_weights_without_soft_labels_are_torchs():
+    found, loss = weighted(WEIGHTS)
+    total = nn.functional.cross_entropy(GIVEN, SKEWED, weight=torch.tensor(WEIGHTS), reduction="sum")
+    assert found == pytest.approx(float(total) / 6, rel=1e-6)  # over images, so that micro-batches add up
+    assert not loss.state_dict()  # a state of a run stays what it was
+
+
+@pytest.mark.parametrize("mixing", [{}, {"label_smoothing": 0.1}, {"mixup": 0.8}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_weights_of_one_change_nothing(mixing: dict[str, float]):
+    mixing = {"label_smoothing": 0.2} | mixing
+    plain = MixedLoss(
+        MixingConfig(**{"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0} | mixing), num_classes=4, batch_size=6
+    )
+    np.random.seed(3)
+    torch.manual_seed(3)
+    wanted = float(plain(Fixed(), torch.rand(6, 3, 8, 8), SKEWED))
+    assert weighted([1.0] * 4, **mixing)[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_mixed_image_weighs_what_its_two_labels_do_in_their_shares():
+    found, loss = weighted(WEIGHTS, mixup=0.8, label_smoothing=0.1)
+    np.random.seed(3)
+    lam = loss.mixup._params_per_batch()[0]
+    total = 0.0
+    for i in range(6):
+        mix = np.zeros(4)
+        mix[SKEWED[i]] += lam
+        mix[SKEWED[5 - i]] += 1 - lam
+        soft = mix * 0.9 + 0.1 / 4
+        log_p = GIVEN[i].double().log_softmax(0).numpy()
+        total += float(mix @ WEIGHTS) * float(-(soft * log_p).sum())
+    assert found == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_balanced_weights_are_scikit_learns():
+    labels = np.repeat([0, 1, 3], [6, 30, 2])
+    found = class_weights_for("balanced", labels, 5).numpy()
+    wanted = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    np.testing.assert_allclose(found[[0, 1, 3]], wanted, rtol=1e-6)
+    assert (found[[2, 4]] == 0).all()  # which no image has
+    assert found[labels].mean() == pytest.approx(1)
+
+
+def test_given_weights_keep_their_ratios_and_a_mean_of_one():
+    labels = np.repeat([0, 1], [3, 1])
+    found = class_weights_for([1.0, 5.0], labels, 2).numpy()
+    assert found[1] / found[0] == pytest.approx(5) and found[labels].mean() == pytest.approx(1)
+    assert class_weights_for(None, labels, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [([1.0], "has 1 numbers for 2 classes"), ([1.0, -1.0], "not below 0"), ([1.0, float("nan")], "finite"),
+     ([0.0, 0.0], "is 0 for every class")],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(given: list[float], said: str):
+    with pytest.raises(InputError, match=said):
+        class_weights_for(given, np.array([0, 1]), 2)

@@ -519,5 +519,5 @@ def test_a_swin_is_fine_tuned_and_probed(swin_run, start, shards, tmp_path):
         if key.startswith(("init", "data", "run_dir", "precision", "num_workers"))
     } | {"epochs": "10", "batch_size": "16", "holdout_share": "0.2", "neighbors": "[5]"}
     result = json.loads((start(given, linear_probe, LinearProbeConfig) / "result.json").read_text())
-    assert set(result["best_by_pool"]) == {"avg"} and result["val_images"] == 21
+    assert set(result["best_by_input"]) == {"avg", "last4"} and result["val_images"] == 21
     assert result["encoder"].endswith("encoder tensors loaded")

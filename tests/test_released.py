@@ -20,7 +20,7 @@ from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ENCODER_FILE, ModelSpec, export_hub, export_weights
 from quarterlight.ssl.mae import attach_decoder
-from quarterlight.ssl.released import Weights, encoder_spec, load_encoder, load_weights, read_weights
+from quarterlight.ssl.released import Weights, encoder_spec, encoder_with_weights, load_weights, read_weights
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": [32, 32], "in_chans": 3, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -118,27 +118,28 @@ def test_a_hub_folder_gives_the_weights_and_all_that_builds_their_model(hub: Pat
 
 def test_an_encoder_is_built_from_a_hub_folder_alone(hub: Path, vit: nn.Module, images: Tensor):
     weights = read_weights(str(hub))
-    encoder, _ = load_encoder(encoder_spec(EncoderConfig(), DATA, weights), weights)
+    encoder, _ = encoder_with_weights(encoder_spec(EncoderConfig(), DATA, weights), weights)
     torch.testing.assert_close(encoder.eval()(images), vit.forward_features(images), rtol=0, atol=1e-6)
 
 
 def test_an_encoder_is_built_from_a_run_folder_alone(run_dir: Path, vit: nn.Module, images: Tensor):
     weights = read_weights(str(run_dir))
-    encoder, report = load_encoder(encoder_spec(EncoderConfig(), DATA, weights), weights)
+    encoder, report = encoder_with_weights(encoder_spec(EncoderConfig(), DATA, weights), weights)
     torch.testing.assert_close(encoder.eval()(images), vit.forward_features(images), rtol=0, atol=1e-6)
     assert report == f"{run_dir / ENCODER_FILE}: 30 of 30 encoder tensors loaded"
 
 
-def test_a_safetensors_file_without_metadata_gives_tensors_only(tmp_path: Path, vit: nn.Module):
+def test_a_safetensors_file_without_metadata_gives_tensors_and_their_shapes(tmp_path: Path, vit: nn.Module):
     save_file(vit.state_dict(), tmp_path / "x.safetensors")
     weights = read_weights(str(tmp_path / "x.safetensors"))
-    assert weights.spec is None
     assert_same_tensors(weights.tensors, vit.state_dict())
-    with pytest.raises(InputError, match="encoder.name"):
+    with pytest.raises(InputError, match="how many attention heads .* width 48, 2 blocks, .* --encoder.args.num_heads"):
         encoder_spec(EncoderConfig(), DATA, weights)
+    with pytest.raises(InputError, match="does not say which model it is: give encoder.name"):
+        encoder_spec(EncoderConfig(), DATA, Weights("x", weights.tensors, None))
     args = {key: value for key, value in ARGS.items() if key != "img_size"}
     spec = encoder_spec(EncoderConfig(name=NAME, args=args, img_size=32), DATA, weights)
-    assert_same_tensors(load_encoder(spec, weights)[0].timm.state_dict(), vit.state_dict())
+    assert_same_tensors(encoder_with_weights(spec, weights)[0].timm.state_dict(), vit.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -148,13 +149,13 @@ def test_a_safetensors_file_without_metadata_gives_tensors_only(tmp_path: Path, 
 def test_a_mae_file_gives_the_encoder_only(tmp_path: Path, vit: nn.Module, outer: dict):
     weights = read_weights(str(mae_file(tmp_path / "mae.pth", vit, **outer)))
     assert_same_tensors(weights.tensors, vit.state_dict())
-    assert weights.spec is None
+    assert weights.kind == "mae-full"
 
 
 def test_a_mae_file_loads_into_the_encoder_of_its_name(tmp_path: Path, vit: nn.Module, images: Tensor):
     weights = read_weights(str(mae_file(tmp_path / "mae.pth", vit)))
     spec = encoder_spec(EncoderConfig(name=NAME, args=ARGS), DATA, weights)
-    encoder, _ = load_encoder(spec, weights)
+    encoder, _ = encoder_with_weights(spec, weights)
     torch.testing.assert_close(encoder.eval()(images), vit.forward_features(images), rtol=0, atol=1e-6)
     assert spec.mean == pytest.approx((0.485, 0.456, 0.406))
 
@@ -259,14 +260,14 @@ def test_a_timm_name_whose_weights_cannot_be_had_is_refused(tmp_path: Path):
     [
         ({"embed_dim": 96}, "30 of the encoder's 30"),
         ({"depth": 3}, "12 of the encoder's 42"),
-        ({"patch_size": 16}, "1 of the encoder's 30"),
+        ({"patch_size": 16, "in_chans": 1}, "1 of the encoder's 30"),
     ],
 )
 def test_weights_of_another_architecture_are_refused_with_counts(vit: nn.Module, change: dict, count: str):
     weights = Weights("x.pth", dict(vit.state_dict()), None)
     spec = dataclasses.replace(SPEC, args=ARGS | change)
     with pytest.raises(InputError) as caught:
-        load_encoder(spec, weights)
+        encoder_with_weights(spec, weights)
     assert f"{count} tensors did not load" in str(caught.value)
     assert "x.pth" in str(caught.value)
 
@@ -276,7 +277,7 @@ def test_grey_weights_do_not_load_into_a_color_encoder():
     with pytest.raises(
         InputError, match=r"1 of the encoder's 30.*patch_embed.proj.weight is \[48, 1, 8, 8\], not \[48, 3, 8, 8\]"
     ):
-        load_encoder(SPEC, weights)
+        encoder_with_weights(SPEC, weights)
 
 
 def test_a_missing_tensor_is_named_and_the_model_is_left_as_it_was(vit: nn.Module):
@@ -290,15 +291,15 @@ def test_a_missing_tensor_is_named_and_the_model_is_left_as_it_was(vit: nn.Modul
 
 def test_tensors_of_no_use_are_reported(vit: nn.Module):
     weights = Weights("x", vit.state_dict() | {"teacher.weight": torch.zeros(3)}, None)
-    _, report = load_encoder(SPEC, weights)
-    assert report == "x: 30 of 30 encoder tensors loaded; not used: teacher.weight"
+    _, report = encoder_with_weights(SPEC, weights)
+    assert report == "x: 30 of 30 encoder tensors loaded; not used: teacher.weight (1)"
 
 
 @pytest.mark.parametrize("size", [[48, 48], [16, 16], [32, 64], [64, 32], [24, 40]])
 @pytest.mark.parametrize("known", [True, False])
 def test_positions_are_resized_to_another_image_size(vit: nn.Module, size: list[int], known: bool):
     weights = Weights("x", dict(vit.state_dict()), SPEC if known else None)
-    encoder, report = load_encoder(dataclasses.replace(SPEC, args=ARGS | {"img_size": size}), weights)
+    encoder, report = encoder_with_weights(dataclasses.replace(SPEC, args=ARGS | {"img_size": size}), weights)
     grid = [size[0] // 8, size[1] // 8]
     expected = resample_abs_pos_embed(vit.pos_embed, grid, [4, 4], num_prefix_tokens=1)
     assert_same(encoder.timm.pos_embed, expected)
@@ -311,7 +312,7 @@ def test_positions_are_resized_to_another_image_size(vit: nn.Module, size: list[
 def test_positions_of_a_grid_that_is_not_square_are_resized(size: list[int]):
     wide = random_vit(img_size=[32, 64])
     weights = Weights("x", dict(wide.state_dict()), dataclasses.replace(SPEC, args=ARGS | {"img_size": [32, 64]}))
-    encoder, _ = load_encoder(dataclasses.replace(SPEC, args=ARGS | {"img_size": size}), weights)
+    encoder, _ = encoder_with_weights(dataclasses.replace(SPEC, args=ARGS | {"img_size": size}), weights)
     expected = resample_abs_pos_embed(wide.pos_embed, [size[0] // 8, size[1] // 8], [4, 8], num_prefix_tokens=1)
     assert_same(encoder.timm.pos_embed, expected)
 
@@ -319,14 +320,14 @@ def test_positions_of_a_grid_that_is_not_square_are_resized(size: list[int]):
 def test_positions_of_a_grid_that_is_not_square_and_not_known_are_refused():
     weights = Weights("x", dict(random_vit(img_size=[32, 64]).state_dict()), None)
     with pytest.raises(InputError):
-        load_encoder(SPEC, weights)
+        encoder_with_weights(SPEC, weights)
 
 
 def test_positions_of_the_same_grid_stay_to_the_bit():
     wide = random_vit(img_size=[32, 64])
     spec = dataclasses.replace(SPEC, args=ARGS | {"img_size": [32, 64]})
     for known in (spec, None):
-        encoder, report = load_encoder(spec, Weights("x", dict(wide.state_dict()), known))
+        encoder, report = encoder_with_weights(spec, Weights("x", dict(wide.state_dict()), known))
         assert_same(encoder.timm.pos_embed, wide.pos_embed)
         assert "resized" not in report
 
@@ -335,7 +336,7 @@ def test_positions_without_a_class_token_row_are_resized():
     bare = random_vit(class_token=False, global_pool="avg", fc_norm=False)
     spec = dataclasses.replace(SPEC, args=ARGS | {"class_token": False, "global_pool": "avg", "fc_norm": False})
     larger = dataclasses.replace(spec, args=spec.args | {"img_size": [48, 40]})
-    encoder, _ = load_encoder(larger, Weights("x", dict(bare.state_dict()), spec))
+    encoder, _ = encoder_with_weights(larger, Weights("x", dict(bare.state_dict()), spec))
     expected = resample_abs_pos_embed(bare.pos_embed, [6, 5], [4, 4], num_prefix_tokens=0)
     assert_same(encoder.timm.pos_embed, expected)
 
@@ -345,7 +346,7 @@ def test_positions_next_to_registers_are_resized():
     model = random_vit(**extra)
     spec = dataclasses.replace(SPEC, args=ARGS | extra)
     larger = dataclasses.replace(spec, args=spec.args | {"img_size": [48, 40]})
-    encoder, _ = load_encoder(larger, Weights("x", dict(model.state_dict()), spec))
+    encoder, _ = encoder_with_weights(larger, Weights("x", dict(model.state_dict()), spec))
     expected = resample_abs_pos_embed(model.pos_embed, [6, 5], [4, 4], num_prefix_tokens=0)
     assert_same(encoder.timm.pos_embed, expected)
 
@@ -397,7 +398,7 @@ def test_an_encoder_without_name_or_weights_is_refused():
 
 
 def test_without_weights_the_encoder_has_maes_initial_ones():
-    encoder, report = load_encoder(SPEC, None)
+    encoder, report = encoder_with_weights(SPEC, None)
     assert "initial weights" in report
     assert torch.equal(encoder.timm.blocks[0].attn.qkv.bias, torch.zeros(144))
     assert torch.equal(encoder.timm.pos_embed[0, 0], torch.zeros(48))
@@ -407,10 +408,10 @@ def test_without_weights_the_encoder_has_maes_initial_ones():
 
 def test_weights_of_a_deeper_model_are_refused():
     spec = ModelSpec("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, (0.5,) * 3, (0.5,) * 3)
-    deeper, _ = load_encoder(spec, None)
+    deeper, _ = encoder_with_weights(spec, None)
     shallower = ModelSpec(spec.name, spec.args | {"depth": 1}, spec.mean, spec.std)
     with pytest.raises(InputError, match=r"12 tensors of blocks that the encoder lacks \(blocks.1.attn.*encoder.args"):
-        load_encoder(shallower, Weights("deeper", dict(deeper.timm.state_dict()), spec))
+        encoder_with_weights(shallower, Weights("deeper", dict(deeper.timm.state_dict()), spec))
 
 
 @pytest.mark.parametrize("key", ["pretrained", "num_classes", "global_pool"])

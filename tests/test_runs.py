@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+from quarterlight.finetune.probe_config import FewShotConfig, TrainProbeConfig
 from quarterlight.ssl.command import parse_config
 from quarterlight.ssl.config import (
     DataConfig,
@@ -197,7 +198,7 @@ def test_the_written_config_runs_again_as_it_is(config: PretrainConfig):
 
 
 def test_the_written_config_of_every_stage_is_that_stage_again(tmp_path: Path):
-    for stage in (PretrainConfig, FinetuneConfig, LinearProbeConfig):
+    for stage in (PretrainConfig, FinetuneConfig, LinearProbeConfig, TrainProbeConfig, FewShotConfig):
         config = stage(run_dir=str(tmp_path / stage.__name__), data=DATA)
         write_run_files(tmp_path / stage.__name__, config)
         file = tmp_path / stage.__name__ / "config.yaml"

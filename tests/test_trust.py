@@ -27,7 +27,7 @@ from quarterlight.ssl.errors import InputError, printable
 from quarterlight.ssl.export import ModelSpec, export_hub
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.make_index import write_index
-from quarterlight.ssl.released import encoder_spec, load_encoder, read_weights
+from quarterlight.ssl.released import encoder_spec, encoder_with_weights, read_weights
 from quarterlight.ssl.repair import repair_shards
 from quarterlight.ssl.runs import open_run
 from quarterlight.ssl.shard_config import IndexConfig, RepairConfig, ReshardConfig, VerifyConfig
@@ -111,7 +111,7 @@ def weights_file(path: Path, **metadata: str) -> Path:
 def opened(init: Path | str) -> None:
     """Does what a command does with --init."""
     weights = read_weights(str(init))
-    load_encoder(encoder_spec(EncoderConfig(), DataConfig(train="t"), weights), weights)
+    encoder_with_weights(encoder_spec(EncoderConfig(), DataConfig(train="t"), weights), weights)
 
 
 def test_code_in_a_released_file_is_refused_by_the_command_in_one_sentence(shards, tmp_path, launch):

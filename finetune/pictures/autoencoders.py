@@ -15,7 +15,7 @@ from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.mae import MaskedAutoencoder, attach_decoder
-from quarterlight.ssl.released import encoder_spec, load_encoder, read_weights
+from quarterlight.ssl.released import encoder_spec, encoder_with_weights, read_weights
 from quarterlight.ssl.targets import PCATarget
 
 IN_STATE = "autoencoder."  # in front of the autoencoder's names in a state of pretraining
@@ -46,7 +46,7 @@ def load_subject(init: str | None, given: EncoderConfig, *, untrained: bool, see
     data = DataConfig(train="", in_chans=args.get("in_chans", 3))
     spec = encoder_spec(given, data, weights)
     torch.manual_seed(seed)
-    encoder, report = load_encoder(spec, None if untrained else weights)
+    encoder, report = encoder_with_weights(spec, None if untrained else weights)
     run_dir = Path(init).expanduser() if init is not None and Path(init).expanduser().is_dir() else None
     run = pretraining_of(run_dir) if run_dir is not None else None
     autoencoder, no_decoder = None, ""
