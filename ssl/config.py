@@ -320,6 +320,8 @@ def check_ranges(config: object) -> None:
         if not numbers:
             raise InputError(f"{key} is empty: give at least one number")
         for number in numbers:
+            if isinstance(number, str):  # an option of another command with a name that there is a number's
+                continue
             in_range = number is None or ((low is None or number >= low) and (high is None or number <= high))
             if number is not None and not (in_range and math.isfinite(number)):
                 least = "above 0" if low == 1e-9 else f"at least {low}"

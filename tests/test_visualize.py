@@ -1,6 +1,7 @@
 """launch/visualize.py on small real runs, and the numbers behind its pictures against scikit-learn's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from quarterlight.finetune.pictures.autoencoders import load_run
+from quarterlight.finetune.pictures.autoencoders import load_run, load_subject
 from quarterlight.finetune.pictures.config import VisualizeConfig
 from quarterlight.finetune.pictures.curves import PANELS, draw_curves, names_of, read_metrics
 from quarterlight.finetune.pictures.feature_pictures import draw_features_map, nearest, principal_components
-from quarterlight.finetune.pictures.figure import CannotDraw, figure_pixels
+from quarterlight.finetune.pictures.figure import CannotDraw, save_figure
 from quarterlight.finetune.pictures.images import Images, read_images
 from quarterlight.finetune.pictures.visualize import visualize
 from quarterlight.finetune.pictures.weight_pictures import filter_components, position_similarity
@@ -73,7 +74,7 @@ def test_a_run_with_a_class_token_is_drawn(run, launch, tmp_path):
     assert drawn_in(tmp_path / "out") == ALWAYS | FILLED_IN | {"positions", "curves"}
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result["left_out"]) == OF_WINDOWS and "has no windows" in result["left_out"]["window_mask"]
-    assert "left out bias_tables" in done.stdout and "decoder of step-00000012" in done.stdout
+    assert "left out bias_tables" in done.stdout and " decoder tensors loaded" in done.stdout
     assert result["images"] == 21
     reconstructions = next(x for x in result["pictures"] if x["file"] == "reconstructions.png")
     assert "taken from the original" in reconstructions["caption"]  # norm_pix flatters, and says so
@@ -93,7 +94,7 @@ def test_a_run_with_a_class_token_is_drawn(run, launch, tmp_path):
 )  # fmt: skip
 def test_an_untrained_encoder_is_drawn(run, launch, tmp_path, name, args, size, expected):
     options = {"images": run[1], "out": str(tmp_path / "out"), "encoder.name": name, "encoder.args": args}
-    launch("visualize.py", options | {"encoder.img_size": size, "mask_ratios": "[0.5, 0.75]"})
+    launch("visualize.py", options | {"encoder.img_size": size, "mask_ratios": "[0.5, 0.75]", "num_images": "3"})
     assert drawn_in(tmp_path / "out") == ALWAYS | FILLED_IN | expected
 
 
@@ -225,7 +226,7 @@ def test_principal_components_and_neighbors_are_scikit_learns():
     assert similarity.numpy() == pytest.approx(1 - distances[:, 1:], abs=1e-5)
 
 
-def test_a_map_without_scikit_learn_is_of_principal_components(monkeypatch):
+def test_a_map_without_scikit_learn_is_of_principal_components(monkeypatch, tmp_path):
     module = "quarterlight.finetune.pictures.feature_pictures"
     monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     rng = np.random.default_rng(0)
@@ -235,7 +236,8 @@ def test_a_map_without_scikit_learn_is_of_principal_components(monkeypatch):
     images = Images(torch.zeros(30, 4, 4, 3, dtype=torch.uint8), labels, [str(i) for i in range(30)], names, 30, [])
     picture = draw_features_map(features, images, seed=0)
     assert "principal components" in picture.title and "10 most frequent of 15 classes" in picture.caption
-    assert figure_pixels(picture.figure).std() > 5
+    save_figure(tmp_path / "map.png", picture.figure)
+    assert np.asarray(Image.open(tmp_path / "map.png")).std() > 5
     assert [x.get_text() for x in picture.figure.axes[0].get_legend().get_texts()][1:5] == [
         r"\$x_\$", " _hidden", "\u732b", "3",
     ]  # fmt: skip
@@ -292,15 +294,26 @@ def test_curves_of_several_runs_share_a_plot(tmp_path):
     drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
     assert drawn == {"x/one": [[10, 0.1], [20, 0.05], [30, 1 / 30]], "y/one": [[10, 0.2], [20, 0.1], [30, 1 / 15]]}
     assert np.isnan(norm.lines[0].get_ydata()).tolist() == [False, True, False]
-    assert figure_pixels(picture.figure).std() > 5
+    save_figure(tmp_path / "curves.png", picture.figure)
+    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5
     with pytest.raises(CannotDraw, match="no loss"):
         draw_curves({"x": []})
     with pytest.raises(InputError, match="no training run"):
         read_metrics(tmp_path)
 
 
-def test_another_image_size_keeps_the_decoder(run):
-    from quarterlight.finetune.pictures.autoencoders import load_subject
+def test_a_damaged_state_costs_the_decoder_only(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    state = next(copy.glob("state/step-00000012/model.safetensors"))
+    state.write_bytes(state.read_bytes()[:1000])
+    subject = load_subject(str(copy), EncoderConfig(), untrained=False, seed=0)
+    assert subject.autoencoder is None and "holds no decoder that can be read" in subject.no_decoder
+    with pytest.raises(InputError, match="holds no decoder that can be read"):
+        load_run(copy)
+    assert state.parent.is_dir()  # nothing is set aside: the run may go on
 
+
+def test_another_image_size_keeps_the_decoder(run):
     subject = load_subject(str(run[0]), EncoderConfig(img_size=24), untrained=False, seed=0)
     assert subject.encoder.grid == (6, 6) and subject.autoencoder is not None and not subject.no_decoder

@@ -30,7 +30,7 @@ class VisualizeConfig:
 
     init: str | None = None
     """Weights: a run folder, a .safetensors or .pth file, a timm name, hf-hub: or local-dir:; null: initial ones.
-    Reconstructions need the folder of a pretraining run, which keeps its decoder."""
+    Reconstructions need a decoder: the folder of a pretraining run, or a full file."""
     images: str | list[str] | None = None
     """Images to look at: folders (their class folders are labels), image files, digits, or local shards as data.train
     takes them. null: only what needs none is drawn."""

@@ -6,13 +6,12 @@ asked for. Colors can be told apart by the color-blind: Okabe and Ito's for clas
 
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -58,26 +57,11 @@ def plain(text: str) -> str:
     return (" " if text.startswith("_") else "") + printable(text).replace("$", r"\$")
 
 
-def figure_pixels(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the figure as it is saved."""
-    canvas: Any = figure.canvas
-    with _quiet():
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
-
-
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes a figure as PNG, with nothing in it that changes from one writing to the next."""
-    with _quiet():
-        replace_file(path, lambda partial: figure.savefig(partial, format="png", metadata={"Software": None}))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Says nothing of letters that the font lacks, once each: class names are in any language."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # class names are in any language
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
+        replace_file(path, lambda partial: figure.savefig(partial, format="png", metadata={"Software": None}))
 
 
 def montage(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from quarterlight.ssl.augment import CenterCrop, Normalize
@@ -20,7 +21,7 @@ from .autoencoders import Subject, load_subject
 from .config import PictureName, VisualizeConfig
 from .curves import draw_curves, names_of, read_metrics
 from .feature_pictures import draw_features_map, draw_features_rgb, draw_neighbors, features_of
-from .figure import CannotDraw, Picture, as_color, figure_pixels, save_figure
+from .figure import CannotDraw, Picture, as_color, save_figure
 from .images import Images, read_images
 from .reconstructions import Reconstructor, draw_ratios, draw_reconstructions, draw_strategies
 from .weight_pictures import draw_bias_tables, draw_filters, draw_positions, draw_window_mask
@@ -183,5 +184,6 @@ def _to_tensorboard(out: Path, pictures: list[Picture]) -> None:
         old.unlink()
     with SummaryWriter(out) as writer:
         for picture in pictures:
-            writer.add_image(picture.name, figure_pixels(picture.figure), dataformats="HWC")
+            with Image.open(out / f"{picture.name}.png") as drawn:
+                writer.add_image(picture.name, np.array(drawn.convert("RGB")), dataformats="HWC")
             writer.add_text(picture.name, f"{picture.title}\n\n{picture.caption}")
