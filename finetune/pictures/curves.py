@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from quarterlight.ssl.errors import InputError
 
@@ -59,11 +60,11 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
         "Training over steps: " + (titles[0] if len(titles) == 1 else f"{len(titles)} runs"),
         "Means over the steps of a log interval. Time spent waiting for data near 0 % means that the loader keeps up. "
         "Gaps are intervals whose value was not finite.",
-        height=5.2 + 0.2 * (len(titles) > 1) * -(-len(titles) // 3),
+        height=5.2,
     )
     axes = picture.figure.subplots(2, 2, sharex=True).ravel()
     for place, (key, title) in zip(axes, PANELS.items(), strict=True):
-        smallest = math.inf
+        drawn: list[float] = []
         for i, (name, records) in enumerate(zip(titles, runs.values(), strict=True)):
             points = [(r["step"], r[key]) for r in records if key in r and "lr" in r]
             if not points:
@@ -71,25 +72,31 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
             values = np.array([value if _is_number(value) else math.nan for _, value in points], float)
             style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
             place.plot([step for step, _ in points], values, label=plain(name), linewidth=1.4, **style)
-            smallest = min(smallest, float(np.nanmin(values)) if not np.isnan(values).all() else math.inf)
+            drawn += values[~np.isnan(values)].tolist()
         place.set_title(title, fontsize=9.5, loc="left")
         place.grid(color="#dddddd", linewidth=0.6)
         place.spines[["top", "right"]].set_visible(False)
         place.tick_params(labelsize=8)
-        if key in ("loss", "grad_norm") and 0 < smallest < math.inf:
-            place.set_yscale("log")
-            place.yaxis.set_minor_formatter("{x:g}")
-            place.yaxis.set_major_formatter("{x:g}")
-            place.tick_params(which="minor", labelsize=7)
-        else:
-            place.set_ylim(bottom=0)
-            place.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+        _scale(place, drawn, logarithmic=key in ("loss", "grad_norm"))
     for place in axes[2:]:
         place.set_xlabel("step", fontsize=9)
     if len(titles) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        picture.figure.legend(handles, labels, loc="outside upper left", fontsize=8.5, ncols=3, frameon=False)
+        axes[0].legend(loc="upper right", fontsize=8, framealpha=0.7, edgecolor="none")  # a loss falls: room up there
     return picture
+
+
+def _scale(axes: Any, values: list[float], *, logarithmic: bool) -> None:
+    """Makes the y axis logarithmic where values span more than a factor of 2, with 1, 2, 5 or all digits as ticks."""
+    span = max(values) / min(values) if values and min(values) > 0 else 0.0
+    if logarithmic and span > 2:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span > 8 else range(1, 10)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    if not logarithmic:
+        axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
 
 
 def _is_number(value: object) -> bool:

@@ -1,5 +1,7 @@
 """Pictures of what a masked autoencoder fills in: at its own mask, at other ratios, under other kinds of masks."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -78,7 +80,7 @@ class Reconstructor:
         return f"The network predicts pixels{components}, and nothing but visible patches is taken from the original."
 
 
-def draw_reconstructions(reconstruct: Reconstructor) -> tuple[Picture, dict[str, float]]:
+def draw_reconstructions(reconstruct: Reconstructor) -> tuple[Picture, dict[str, Any]]:
     """Draws original, masked, reconstruction and paste-over under the masks of the run, and returns the loss.
 
     Raises CannotDraw when such masks hide all or nothing.
@@ -106,7 +108,7 @@ def draw_reconstructions(reconstruct: Reconstructor) -> tuple[Picture, dict[str,
     return picture, {"reconstruction_loss": loss}
 
 
-def draw_ratios(reconstruct: Reconstructor, ratios: tuple[float, ...]) -> tuple[Picture, dict[str, float]]:
+def draw_ratios(reconstruct: Reconstructor, ratios: tuple[float, ...]) -> tuple[Picture, dict[str, Any]]:
     """Draws reconstructions at several mask ratios (MAE, figure 4), and returns the loss at each."""
     strategy = reconstruct.mask.strategy
     return _compared(
@@ -120,7 +122,7 @@ def draw_ratios(reconstruct: Reconstructor, ratios: tuple[float, ...]) -> tuple[
     )
 
 
-def draw_strategies(reconstruct: Reconstructor) -> tuple[Picture, dict[str, float]]:
+def draw_strategies(reconstruct: Reconstructor) -> tuple[Picture, dict[str, Any]]:
     """Draws reconstructions under random, block and grid masks (MAE, figure 6), and returns the loss under each."""
     ratio = reconstruct.mask.ratio
     kinds: tuple[Strategy, ...] = ("random", "block", "grid")
@@ -135,7 +137,7 @@ def draw_strategies(reconstruct: Reconstructor) -> tuple[Picture, dict[str, floa
 
 def _compared(
     reconstruct: Reconstructor, columns: dict[str, tuple[float, Strategy]], *, name: str, title: str, about: str
-) -> tuple[Picture, dict[str, float]]:
+) -> tuple[Picture, dict[str, Any]]:
     found: dict[str, Panels] = {}
     losses: dict[str, float] = {}
     refused = []
@@ -165,7 +167,7 @@ def _compared(
     )
     labels = ["masked", "reconstruction", "pasted over"] * count
     show_montage(picture.figure.subplots(), rows, columns=["original", *found], labels=labels)
-    return picture, {f"{name}_loss": losses}  # type: ignore[dict-item]
+    return picture, {f"{name}_loss": losses}
 
 
 def _color(images: Float[Tensor, "B C H W"]) -> Float[np.ndarray, "B H W 3"]:

@@ -56,7 +56,7 @@ def draw_filters(encoder: Encoder) -> Picture:
         f"Patch embedding: the first {len(images)} principal components of {first.out_channels} filters",
         f"Filters of {height} x {width} pixels, each component scaled to its own range, grey is zero; the largest "
         f"comes first. They hold {100 * share.sum():.0f} % of the filters' variance, the first {100 * share[0]:.0f} %. "
-        "Trained filters are smooth: means, edges and colors; untrained ones are noise.",
+        "Long training makes them smooth: means, edges and colors; initial ones are noise.",
         height=montage_height(len(rows), columns, images[0].shape[0] / images[0].shape[1]),
     )
     show_montage(picture.figure.subplots(), rows, gap=0.08)
