@@ -254,8 +254,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "random_erasing": (0, 1), "num_classes": (1, None), "holdout_share": (0, 1), "neighbors": (1, None),
     "temperature": (1e-9, None), "train_weights": (1e-3, 1000), "repeats": (1, None), "block_samples": (1, None),
     "lanes": (1, None), "cache_gb": (1e-9, None), "max_skipped_steps": (0, None), "ema_decay": (0, 0.9999999),
-    "stall_timeout_s": (1, None), "series_pictures": (1, None), "picture_width": (16, None),
-    "port": (1, 65535), "num_images": (1, None),
+    "stall_timeout_s": (1, None), "num_images": (1, 64), "num_features": (1, None), "mask_ratios": (0, 0.9999999),
+    "series_pictures": (1, None), "picture_width": (16, None), "port": (1, 65535),
 }  # fmt: skip
 
 

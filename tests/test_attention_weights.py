@@ -94,7 +94,9 @@ def test_distance_of_a_hand_built_attention_is_that_computed_by_hand():
     itself, alike = torch.eye(4), torch.full((4, 4), 0.25)
     across, one_looks_right = torch.eye(4).flip(0), torch.eye(4)
     one_looks_right[0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    weights = torch.stack([itself, alike, across, one_looks_right, 0.5 * alike])[None]  # the last: half to a class token
+    weights = torch.stack([itself, alike, across, one_looks_right, 0.5 * alike])[
+        None
+    ]  # the last: half to a class token
     expected = [0.0, (16 + 16 + 16 * 2**0.5) / 4, 16 * 2**0.5, 4.0, (16 + 16 + 16 * 2**0.5) / 4]
     assert mean_distance(weights, places).tolist() == pytest.approx(expected)
 
@@ -134,7 +136,9 @@ def test_rollout_is_the_product_of_mixed_attention(kind):
     whole = rollout(encoder, images, torch.eye(tokens).expand(2, -1, -1))
     torch.testing.assert_close(whole, product, atol=1e-12, rtol=0)
     torch.testing.assert_close(whole.sum(dim=2), torch.ones(2, tokens).double())
-    first = product[:, :1] if encoder.timm.cls_token is not None else product[:, encoder.num_prefix_tokens :].mean(1, True)
+    first = (
+        product[:, :1] if encoder.timm.cls_token is not None else product[:, encoder.num_prefix_tokens :].mean(1, True)
+    )
     torch.testing.assert_close(rollout(encoder, images), first, atol=1e-12, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""Where the blocks of an encoder look: softmax weights, their mean distance in pixels, and their product over blocks."""
+"""Where the blocks of an encoder look: softmax weights, their mean distance in pixels, their product over blocks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

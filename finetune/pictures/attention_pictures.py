@@ -1,5 +1,7 @@
 """Pictures of attention: how far every head looks, and which patches an image's tokens are made of in the end."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -11,7 +13,6 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.swin import SwinEncoder
 
 from .attention import (
-    attention_weights,
     block_names,
     blocks_of,
     grid_places,
@@ -44,12 +45,17 @@ def draw_attention_distance(
         f"Distance between a patch and the patches that it attends to, weighted by attention, over {len(images)} images"
         + (" (class and register tokens left out)" if encoder.num_prefix_tokens else "")
         + (", within windows, which bound it. " if windows else ". ")
-        + "Dots are heads, the line is their mean. Low: a head looks nearby; the dashed line is where a head would look "
-        "that attends to " + ("its whole window alike." if windows else "all patches alike."),
+        + "Dots are heads, the line is their mean. Low: a head looks nearby; the dashed line is where a head "
+        "would look that attends to " + ("its whole window alike." if windows else "all patches alike."),
         height=3.8,
     )
-    axes = picture.figure.subplots()
-    names = block_names(encoder)
+    _plot_distances(picture.figure.subplots(), encoder, distances, _even_distances(encoder))
+    return picture, dict(zip(block_names(encoder), distances, strict=True))
+
+
+def _plot_distances(axes: Any, encoder: Encoder, distances: list[list[float]], even: list[float]) -> None:
+    """Draws a dot a head, a line through the means of each stage, and the distances of even attention dashed."""
+    names, windows = block_names(encoder), isinstance(encoder, SwinEncoder)
     places = np.arange(1, len(names) + 1)
     stages = [name.partition(",")[0] if windows else "" for name in names]
     for i, stage in enumerate(dict.fromkeys(stages)):
@@ -59,13 +65,10 @@ def draw_attention_distance(
             count = len(distances[b])
             spread = np.linspace(-0.16, 0.16, count) if count > 1 else np.zeros(1)
             axes.scatter(places[b] + spread, distances[b], s=16, color=color, marker=marker, alpha=0.75, linewidths=0)
-        means = [float(np.mean(distances[b])) for b in mine]
-        axes.plot(places[mine], means, color=color, linewidth=1.5, label=stage or "mean of the heads")
-    even = [float(x) for x in _even_distance(encoder, images[:1])]
-    axes.step(
-        [places[0] - 0.5, *(places + 0.5)], [even[0], *even], color="#777777", linestyle="--", linewidth=1, where="pre"
-    )
-    axes.set_ylim(bottom=0, top=1.08 * max(max(map(max, distances)), max(even)))
+        axes.plot(places[mine], [np.mean(distances[b]) for b in mine], color=color, linewidth=1.5, label=stage)
+    edges = [places[0] - 0.5, *(places + 0.5)]
+    axes.step(edges, [even[0], *even], color="#777777", linestyle="--", linewidth=1, where="pre")
+    axes.set_ylim(bottom=0, top=1.08 * max(*map(max, distances), *even))
     axes.set_xticks(places, [name.rpartition(" ")[2] for name in names], fontsize=8)
     axes.set_xlabel("block" + (" of its stage" if windows else ""), fontsize=9)
     axes.set_ylabel("pixels", fontsize=9)
@@ -74,24 +77,19 @@ def draw_attention_distance(
     axes.set_axisbelow(True)
     if windows:
         axes.legend(fontsize=8, frameon=False, ncols=4)
-    return picture, dict(zip(names, distances, strict=True))
 
 
-def _even_distance(encoder: Encoder, image: Float[Tensor, "1 C H W"]) -> list[Float[Tensor, ""]]:
-    """Returns the distance of a head that attends to all alike, for each block; over pairs that are not masked."""
-    first = encoder.num_prefix_tokens
-    blocks = blocks_of(encoder)
-    found: list[Tensor] = []
-    for weights, block in zip(attention_weights(encoder, image, lambda w: w[:, :1]), blocks, strict=True):
+def _even_distances(encoder: Encoder) -> list[float]:
+    """Returns the mean distance of a head that attends to all alike, for each block; masked pairs do not count."""
+    found = []
+    for block in blocks_of(encoder):
         if isinstance(encoder, SwinEncoder):
-            allowed = torch.ones_like(weights)
-            if block.attn_mask is not None:
-                allowed = (block.attn_mask >= 0).to(weights)[:, None]
-            side = encoder.img_size[0] // block.input_resolution[0]
-            found.append(mean_distance(allowed, grid_places(tuple(block.window_size), side, weights))[0])
+            window, side = tuple(block.window_size), encoder.img_size[0] // block.input_resolution[0]
+            area = window[0] * window[1]
+            allowed = torch.ones(1, area, area) if block.attn_mask is None else (block.attn_mask.cpu() >= 0).float()
         else:
-            places = grid_places(encoder.grid, encoder.unit_size, weights)
-            found.append(mean_distance(torch.ones_like(weights[:, :, first:, first:]), places)[0])
+            window, side, allowed = encoder.grid, encoder.unit_size, torch.ones(1, encoder.num_units, encoder.num_units)
+        found.append(float(mean_distance(allowed[:, None], grid_places(window, side, allowed))[0]))
     return found
 
 
@@ -120,8 +118,8 @@ def draw_rollout(encoder: Encoder, images: Float[Tensor, "B C H W"], shown: Floa
         "rollout",
         f"Attention rolled out: which patches {of} comes from",
         "Image, rolled-out attention, and the image lit by it. Attention averaged over heads, half of it the residual "
-        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range; the largest share of a "
-        f"patch in any of them is {100 * float(patches.max()):.2g} %, equal shares would be {100 / patches.shape[1]:.2g} %."
+        "path, multiplied over all blocks (Abnar & Zuidema 2020). Each map spans its own range; the largest share "
+        f"of a patch is {100 * float(patches.max()):.2g} %, equal shares would be {100 / patches.shape[1]:.2g} %."
         + (" In a Swin merged tokens count as equal parts." if isinstance(encoder, SwinEncoder) else ""),
         height=montage_height(len(cells), len(cells[0]), shown.shape[1] / shown.shape[2]),
     )

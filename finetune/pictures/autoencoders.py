@@ -16,6 +16,7 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.mae import MaskedAutoencoder, attach_decoder
 from quarterlight.ssl.released import encoder_spec, load_encoder, read_weights
+from quarterlight.ssl.targets import PCATarget
 
 IN_STATE = "autoencoder."  # in front of the autoencoder's names in a state of pretraining
 
@@ -57,6 +58,8 @@ def load_subject(init: str | None, given: EncoderConfig, *, untrained: bool, see
         autoencoder = attach_decoder(encoder, in_chans=data.in_chans, decoder=DecoderConfig(), target="norm_pix")
     else:
         no_decoder = f"{init} holds no decoder: give the folder of a pretraining run"
+    if untrained and autoencoder is not None and isinstance(autoencoder.target, PCATarget):
+        no_decoder = "the target pca has principal components in a trained run only"
     crop_pct = run.data.crop_pct if run is not None else DataConfig.crop_pct
     mask = run.mask if run is not None else MaskConfig()
     autoencoder = None if no_decoder else autoencoder

@@ -9,7 +9,7 @@ import numpy as np
 
 from quarterlight.ssl.errors import InputError
 
-from .figure import COLORS, CannotDraw, Picture, new_picture
+from .figure import COLORS, CannotDraw, Picture, new_picture, plain
 
 PANELS = {
     "loss": "training loss",
@@ -70,7 +70,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
                 continue
             values = np.array([value if _is_number(value) else math.nan for _, value in points], float)
             style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
-            place.plot([step for step, _ in points], values, label=name, linewidth=1.4, **style)
+            place.plot([step for step, _ in points], values, label=plain(name), linewidth=1.4, **style)
             smallest = min(smallest, float(np.nanmin(values)) if not np.isnan(values).all() else math.inf)
         place.set_title(title, fontsize=9.5, loc="left")
         place.grid(color="#dddddd", linewidth=0.6)

@@ -14,7 +14,7 @@ from quarterlight.finetune.features import pooled
 from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.swin import SwinEncoder
 
-from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, show_montage
+from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, plain, show_montage
 from .images import Images
 
 FORWARD_BATCH = 64
@@ -65,8 +65,8 @@ def draw_features_map(features: Float[Tensor, "n D"], images: Images, *, seed: i
     picture = new_picture(
         "features_map",
         f"Features of {n} images, drawn in two dimensions by {method}",
-        f"{coloring}Near points are images whose features (mean of the patch tokens) are alike: a class that the encoder "
-        "tells apart without labels is a cloud of its own. "
+        f"{coloring}Near points are images whose features (mean of the patch tokens) are alike: a class that the "
+        "encoder tells apart without labels is a cloud of its own. "
         + ("Distances between far clouds and sizes of clouds mean nothing in t-SNE." if method == "t-SNE" else ""),
         height=5.6,
     )
@@ -75,7 +75,7 @@ def draw_features_map(features: Float[Tensor, "n D"], images: Images, *, seed: i
     axes.scatter(*points[other].T, s=9, color="#cccccc", linewidths=0, label="others" if rest else None)
     for i, label in enumerate(chosen):
         style = {"color": COLORS[i], "marker": MARKERS[i], "edgecolors": "#444444", "linewidths": 0.2}
-        axes.scatter(*points[images.labels == label].T, s=18, label=images.class_name(label)[:24], **style)
+        axes.scatter(*points[images.labels == label].T, s=18, label=plain(images.class_name(label)[:24]), **style)
     axes.set_xticks([])
     axes.set_yticks([])
     if chosen:
@@ -129,9 +129,9 @@ def draw_features_rgb(
     picture = new_picture(
         "features_rgb",
         "Patch features as colors: their first three principal components",
-        f"Red, green and blue are the main directions in which the features of all patches of these {len(shown)} images "
-        "differ, found for each layer by itself: patches of one color are alike for that layer, in all rows, and colors "
-        "of different columns do not correspond.",
+        f"Red, green and blue are the main directions in which the features of all patches of these {len(shown)} "
+        "images differ, found for each layer by itself: patches of one color are alike for that layer, in all rows, "
+        "and colors of different columns do not correspond. Where only places differ, all rows look the same.",
         height=montage_height(len(rows), len(rows[0]), shown.shape[1] / shown.shape[2]) + 0.2,
     )
     show_montage(picture.figure.subplots(), rows, columns=["image", *names])
@@ -162,10 +162,10 @@ def draw_neighbors(
     picture = new_picture(
         "neighbors",
         f"Nearest neighbors among {len(features)} images",
-        "Left the image that is asked for; then those whose features (mean of the patch tokens) have the largest cosine "
-        "similarity, which stands below each. "
+        "Left the image that is asked for; then those whose features (mean of the patch tokens) have the largest "
+        "cosine similarity, which stands below each. "
         + (
-            f"Blue frames are images of the same class, dashed orange ones of another: {100 * share:.0f} % are the same."
+            f"Blue frames are of the same class ({100 * share:.0f} %), dashed orange ones of another."
             if labelled
             else ""
         ),
@@ -179,7 +179,7 @@ def draw_neighbors(
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
             label = images.class_name(int(images.labels[i]))[:14] if images.labels[i] >= 0 else ""
-            place.set_xlabel(f"{label} {near[j - 1]:.3f}" if j else label, fontsize=8, labelpad=3)
+            place.set_xlabel(plain(f"{label} {near[j - 1]:.3f}" if j else label), fontsize=8, labelpad=3)
             if j and images.labels[query] >= 0:
                 same = images.labels[i] == images.labels[query]
                 color, dash = (COLORS[0], "-") if same else (COLORS[1], (0, (3, 1.5)))

@@ -5,7 +5,9 @@ asked for. Colors can be told apart by the color-blind: Okabe and Ito's for clas
 """
 
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from quarterlight.ssl.errors import printable
 from quarterlight.ssl.files import replace_file
 
 WIDTH = 8.0  # inches
@@ -41,8 +44,7 @@ class CannotDraw(Exception):
 
 def new_picture(name: str, title: str, caption: str, *, height: float) -> Picture:
     """Returns an empty picture of `height` inches between its title and its caption."""
-    lines = textwrap.wrap(caption, 122)
-    heading = textwrap.wrap(title, 86)
+    lines, heading = textwrap.wrap(plain(caption), 122), textwrap.wrap(plain(title), 86)
     total = height + 0.25 * len(heading) + 0.17 * len(lines) + 0.2
     figure = Figure(figsize=(WIDTH, total), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -51,16 +53,31 @@ def new_picture(name: str, title: str, caption: str, *, height: float) -> Pictur
     return Picture(name, title, caption, figure)
 
 
+def plain(text: str) -> str:
+    """Returns a text as matplotlib draws it literally: no formulas between dollars, and no label that it hides."""
+    return (" " if text.startswith("_") else "") + printable(text).replace("$", r"\$")
+
+
 def figure_pixels(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the figure as it is saved."""
     canvas: Any = figure.canvas
-    canvas.draw()
+    with _quiet():
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes a figure as PNG, with nothing in it that changes from one writing to the next."""
-    replace_file(path, lambda partial: figure.savefig(partial, format="png", metadata={"Software": None}))
+    with _quiet():
+        replace_file(path, lambda partial: figure.savefig(partial, format="png", metadata={"Software": None}))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Says nothing of letters that the font lacks, once each: class names are in any language."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def montage(

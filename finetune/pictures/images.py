@@ -9,14 +9,16 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from quarterlight.ssl.addresses import is_remote
+from quarterlight.ssl.addresses import is_remote, shown
 from quarterlight.ssl.augment import CenterCrop
 from quarterlight.ssl.decode import ImageFile, UnreadableImage
 from quarterlight.ssl.entries import UNLABELLED
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import ShardIndex, class_names, open_index
-from quarterlight.ssl.shard_names import shard_paths, sources
+from quarterlight.ssl.shard_names import sources
 from quarterlight.ssl.sources import InShard, SourceImage, is_image, read_source
+
+BY_NAME = ("digits", "cifar10")  # sources that are no folders; ./digits is one
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Images:
 
     def evenly(self, count: int) -> Int[np.ndarray, " k"]:
         """Returns the numbers of `count` of them, or of all, evenly spaced."""
-        return np.linspace(0, len(self.names) - 1, min(count, len(self.names))).round().astype(np.int64)
+        return _evenly(len(self.names), count)
 
     def class_name(self, label: int) -> str:
         """Returns what a class is called."""
@@ -46,7 +48,7 @@ def read_images(given: str | list[str], *, count: int, crop: CenterCrop, in_chan
     """
     found, classes = _find(given)
     pixels, labels, names, unreadable = [], [], [], []
-    for i in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int).tolist():
+    for i in _evenly(len(found), count).tolist():
         image = found[i]
         try:
             pixels.append(crop(_open(image, in_chans), np.empty(0)))
@@ -59,6 +61,10 @@ def read_images(given: str | list[str], *, count: int, crop: CenterCrop, in_chan
         name, reason = unreadable[0]
         raise InputError(f"images {given}: none of {len(unreadable)} can be read ({name}: {reason})")
     return Images(torch.stack(pixels), np.array(labels), names, classes, len(found), unreadable)
+
+
+def _evenly(total: int, count: int) -> Int[np.ndarray, " k"]:
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
 
 def _open(image: SourceImage, in_chans: Literal[1, 3]) -> ImageFile:
@@ -78,22 +84,22 @@ def _find(given: str | list[str]) -> tuple[list[SourceImage], list[str] | None]:
     words = [given] if isinstance(given, str) else given
     if not words:
         raise InputError("images is empty: give a folder, image files, or shards")
-    paths = [Path(word).expanduser() for word in words]
-    loose = [path.is_dir() or is_image(path) or str(path) in ("digits", "cifar10") for path in paths]
-    tars = [str(path / "*.tar") for path in paths if path.is_dir() and _holds_tars(path)]
-    if not any(loose) or len(tars) == len(words):
+    paths = {word: Path(word).expanduser() for word in words}
+    loose = [word in BY_NAME or path.is_dir() or is_image(path) for word, path in paths.items()]
+    tars = [str(path / "*.tar") for word, path in paths.items() if word not in BY_NAME and _holds_tars(path)]
+    if not any(loose) or len(tars) == len(paths):
         return _in_shards(tars or words)
     if not all(loose) or tars:
         raise InputError(f"images {given}: give folders and image files, or shards, not both")
     found: list[SourceImage] = []
     classes: list[str] | None = None
-    for path in paths:
+    for word, path in paths.items():
         if is_image(path) and not path.is_dir():
             if not path.is_file():
                 raise InputError(f"images {path}: no such file")
             found.append(SourceImage(path.name, None, path))
             continue
-        source = read_source(str(path), labels="auto", val_share=None, seed=0)
+        source = read_source(word, labels="auto", val_share=None, seed=0)
         classes = source.classes if len(paths) == 1 else None  # labels of two folders are not of one kind
         images = source.splits.get("val", source.splits["train"])
         found += images if len(paths) == 1 else [image._replace(label=None) for image in images]
@@ -101,12 +107,12 @@ def _find(given: str | list[str]) -> tuple[list[SourceImage], list[str] | None]:
 
 
 def _holds_tars(folder: Path) -> bool:
-    return any(folder.glob("*.tar")) and not any(is_image(path) for path in folder.iterdir())
+    return folder.is_dir() and any(folder.glob("*.tar")) and not any(is_image(path) for path in folder.iterdir())
 
 
 def _in_shards(patterns: list[str]) -> tuple[list[SourceImage], list[str] | None]:
-    if remote := next((word for word in sources(patterns) for path in shard_paths(word) if is_remote(path)), None):
-        raise InputError(f"images {remote}: pictures are of local shards: copy one of these to a local disk")
+    if remote := next(filter(is_remote, sources(patterns)), None):
+        raise InputError(f"images {shown(remote)}: pictures are of local shards: copy one of these to a local disk")
     index = open_index(patterns)
     return [_in_shard(index, i) for i in range(len(index))], class_names(index)
 

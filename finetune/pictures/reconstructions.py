@@ -129,7 +129,7 @@ def draw_strategies(reconstruct: Reconstructor) -> tuple[Picture, dict[str, floa
         {kind: (ratio, kind) for kind in kinds},
         name="strategies",
         title=f"Reconstructions under random, block and grid masks, {100 * ratio:g} % hidden",
-        about=f"The network was trained under {reconstruct.mask.strategy} masks; grid is the easiest, block the hardest.",
+        about=f"Grid is the easiest, block the hardest; it was trained under {reconstruct.mask.strategy} masks.",
     )
 
 

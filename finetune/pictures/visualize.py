@@ -1,5 +1,6 @@
 """All pictures of an encoder and its run, in one folder: what launch/visualize.py does."""
 
+import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quarterlight.ssl.augment import CenterCrop, Normalize
-from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.errors import InputError, printable
 from quarterlight.ssl.files import write_json
 
 from .attention_pictures import draw_attention_distance, draw_rollout
@@ -33,8 +34,7 @@ def visualize(config: VisualizeConfig) -> dict[str, Any]:
     Raises InputError for what cannot be read, and when a picture that was asked for by name cannot be drawn.
     """
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out {out} is a file: give a folder")
+    _refuse_foreign(out)
     studio = Studio(config)
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[Picture] = []
@@ -53,12 +53,26 @@ def visualize(config: VisualizeConfig) -> dict[str, Any]:
         print(f"{out / name}.png: {picture.title}", flush=True)
     if not drawn:
         raise InputError(f"none of the pictures can be drawn ({'; '.join(left_out.values())})")
-    _to_tensorboard(out, drawn)
     about = [{"file": f"{p.name}.png", "title": p.title, "caption": p.caption} for p in drawn]
     result = {"command": "visualize", "finished": True, "encoder": studio.subject.report}
     result |= {"pictures": about, "left_out": left_out, **studio.figures}
     write_json(out / "result.json", result)
+    _to_tensorboard(out, drawn)
     return result
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises InputError for a folder in which something else lies whose files would be replaced, such as a run."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out {out} is a file: give a folder")
+    try:
+        of_pictures = json.loads((out / "result.json").read_text())["command"] == "visualize"
+    except FileNotFoundError:
+        of_pictures = not any(out.glob("events.out.tfevents.*"))
+    except (OSError, ValueError, KeyError, TypeError):
+        of_pictures = False
+    if not of_pictures or (out / "config.yaml").exists():
+        raise InputError(f"out {out} holds a run or results of another command: give a folder below it, as {out}/look")
 
 
 class Studio:
@@ -105,7 +119,7 @@ class Studio:
         crop = CenterCrop(self.encoder.img_size, crop_pct)
         images = read_images(self.config.images, count=count, crop=crop, in_chans=in_chans)
         for name, reason in images.unreadable:
-            print(f"left out the image {name}: {reason}", flush=True)
+            print(printable(f"left out the image {name}: {reason}"), flush=True)
         self.figures |= {"images": len(images.names), "images_in_all": images.total}
         self.figures["unreadable_images"] = [list(x) for x in images.unreadable]
         return images

@@ -25,12 +25,18 @@ def filter_components(encoder: Encoder) -> tuple[Float[Tensor, "k C P P"], Float
 
     The largest first, at most COMPONENTS; of a hybrid those of the stem's first convolution.
     """
-    first = next(module for module in encoder.timm.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    first = _first_convolution(encoder)
     filters = first.weight.detach().double().flatten(1).cpu()
     _, strengths, components = torch.linalg.svd(filters - filters.mean(dim=0), full_matrices=False)
     share = strengths**2 / (strengths**2).sum().clamp_min(torch.finfo(torch.float64).tiny)
     count = min(COMPONENTS, len(components))
+    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+    components = components * torch.where(largest < 0, -1.0, 1.0)  # signs would be arbitrary otherwise
     return components[:count].unflatten(1, first.weight.shape[1:]).float(), share[:count].float()
+
+
+def _first_convolution(encoder: Encoder) -> nn.Conv2d:
+    return next(module for module in encoder.timm.patch_embed.modules() if isinstance(module, nn.Conv2d))
 
 
 def draw_filters(encoder: Encoder) -> Picture:
@@ -43,14 +49,14 @@ def draw_filters(encoder: Encoder) -> Picture:
     columns = 7
     empty = [None] * (-len(images) % columns)
     rows = [[*images, *empty][i : i + columns] for i in range(0, len(images), columns)]
-    first = next(module for module in encoder.timm.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    first = _first_convolution(encoder)
     height, width = first.kernel_size
     picture = new_picture(
         "filters",
         f"Patch embedding: the first {len(images)} principal components of {first.out_channels} filters",
-        f"Filters of {height} x {width} pixels, each component scaled to its own range, grey is zero; the largest comes "
-        f"first. They hold {100 * float(share.sum()):.0f} % of the filters' variance, the first {100 * float(share[0]):.0f} "
-        "%. Trained filters are smooth: means, edges and colors; untrained ones are noise.",
+        f"Filters of {height} x {width} pixels, each component scaled to its own range, grey is zero; the largest "
+        f"comes first. They hold {100 * share.sum():.0f} % of the filters' variance, the first {100 * share[0]:.0f} %. "
+        "Trained filters are smooth: means, edges and colors; untrained ones are noise.",
         height=montage_height(len(rows), columns, images[0].shape[0] / images[0].shape[1]),
     )
     show_montage(picture.figure.subplots(), rows, gap=0.08)
@@ -64,7 +70,7 @@ def position_similarity(encoder: Encoder) -> Float[Tensor, "N N"]:
     """
     table = getattr(encoder.timm, "pos_embed", None)
     if not isinstance(table, Tensor):
-        raise CannotDraw(f"a {type(encoder.timm).__name__} without absolute positions has no similarity of positions")
+        raise CannotDraw(f"{type(encoder.timm).__name__} has no absolute positions whose similarity could be shown")
     patches = F.normalize(table.detach()[0, -encoder.num_units :].double(), dim=1)
     return (patches @ patches.t()).float().cpu()
 
@@ -106,7 +112,7 @@ def bias_tables(encoder: Encoder) -> list[Float[Tensor, "_ _ _"]]:
     small network makes of the coordinates, 0 to 16. Raises CannotDraw for an encoder without windows.
     """
     if not isinstance(encoder, SwinEncoder):
-        raise CannotDraw(f"a {type(encoder.timm).__name__} has no tables of relative positions")
+        raise CannotDraw(f"{type(encoder.timm).__name__} has no tables of relative positions")
     found = []
     with torch.no_grad():
         for block in blocks_of(encoder):
@@ -153,7 +159,7 @@ def draw_bias_tables(encoder: Encoder) -> Picture:
 def draw_window_mask(encoder: Encoder) -> Picture:
     """Draws how the first shifted windows of a Swin are cut out, and which of their pairs may attend to each other."""
     if not isinstance(encoder, SwinEncoder):
-        raise CannotDraw(f"a {type(encoder.timm).__name__} has no windows")
+        raise CannotDraw(f"{type(encoder.timm).__name__} has no windows")
     names = block_names(encoder)
     number = next((i for i, b in enumerate(blocks_of(encoder)) if any(b.shift_size) and b.attn_mask is not None), None)
     if number is None:
@@ -165,27 +171,24 @@ def draw_window_mask(encoder: Encoder) -> Picture:
     plain = numbers[rows // window[0], columns // window[1]]
     shifted = numbers[(rows - shift[0]) % high // window[0], (columns - shift[1]) % wide // window[1]]
     masks = (block.attn_mask < 0).float().cpu().numpy()  # [windows, A, A]
-    kinds = {
-        "inside": numbers[0, 0],
-        "right edge": numbers[0, -1],
-        "lower edge": numbers[-1, 0],
-        "corner": numbers[-1, -1],
-    }
+    kinds = {"inside": (0, 0), "right edge": (0, -1), "lower edge": (-1, 0), "corner": (-1, -1)}
     picture = new_picture(
         "window_mask",
         f"Shifted windows of {names[number]}: {window[0]} x {window[1]} tokens, moved by {shift[0]} and {shift[1]}",
         "Above: the windows of the block before it, and the shifted ones; parts of one color are one window, rolled "
-        "around the edges so that all stay whole. Below, a token of the window a row and a column: dark pairs may "
-        "attend to each other, pale ones come from opposite edges of the image and are masked (-100).",
+        "around the edges so that all stay whole. Below, all pairs of tokens of a window, a query a row: dark pairs "
+        "may attend to each other, pale ones come from opposite edges of the image and are masked (-100).",
         height=7.4,
     )
     above, below = picture.figure.subfigures(2, 1, height_ratios=(1.9, 1))
     for axes, cells, title in zip(above.subplots(1, 2), (plain, shifted), ("windows", "shifted windows"), strict=True):
         axes.imshow(_tinted(cells, numbers.shape[1]), interpolation="nearest", extent=(0, wide, high, 0))
-        axes.set(title=f"{title} on {high} x {wide} tokens", xticks=[], yticks=[])
+        axes.set_title(f"{title} on {high} x {wide} tokens", fontsize=9)
+        axes.set(xticks=[], yticks=[])
     for axes, (title, kind) in zip(below.subplots(1, 4), kinds.items(), strict=True):
-        axes.imshow(masks[kind], cmap=QUANTITY, vmin=0, vmax=1, interpolation="nearest")
-        axes.set(title=title, xticks=[], yticks=[])
+        axes.imshow(masks[numbers[kind]], cmap=QUANTITY, vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set(xticks=[], yticks=[])
     return picture
 
 
