@@ -33,7 +33,8 @@ def push_files(repository: str, files: dict[str, Path | bytes], *, private: bool
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.create_commit(repository, operations, commit_message=message)
     except Exception as error:  # of the Hub, of its client and of the network
-        said = re.sub(r"For more information check: \S+", "", str(error))
+        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""  # of an upload
+        said = re.sub(r"For more information check: \S+", "", f"{error}{cause}")
         reason = " ".join(said.split())[:300] or type(error).__name__
         raise InputError(
             f"push {repository}: the Hub did not take it ({reason}): what was written here is whole"

@@ -507,6 +507,7 @@ def test_pushed_weights_come_back_from_the_hub(run: Path, tmp_path: Path):
     assert done.returncode == 2 and "error: to is tensorflow: it must be one of" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own uploads
 def test_a_single_file_is_pushed_with_a_card_and_a_refusal_loses_nothing(
     vit: tuple[str, Any], tmp_path: Path, monkeypatch: Any
 ):

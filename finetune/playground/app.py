@@ -113,10 +113,10 @@ class _Page:
         asked = [self.pixels, self.place, self.layer, self.head]
         looking = {"fn": self._said(self._look), "inputs": asked, "outputs": [self.looks, self.told]}
 
-        def pick(event: gr.SelectData) -> Any:
+        def pick(event: gr.SelectData) -> Any:  # type: ignore[valid-type]  # its type is how gradio knows to pass it
             return self.images[event.index]
 
-        def click(event: gr.SelectData) -> tuple[int, int]:
+        def click(event: gr.SelectData) -> tuple[int, int]:  # type: ignore[valid-type]
             return event.index[0], event.index[1]
 
         for event in (

@@ -174,7 +174,7 @@ def _dress(figure: go.Figure, x_title: str, x_type: str, menus: list[dict[str, A
         hoverdistance=-1,  # however far the next point is
         font={"family": "system-ui, sans-serif", "size": 12},
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
-        showlegend=len(figure.data) > 1,
+        showlegend=len(list(figure.data)) > 1,
         updatemenus=menus,
     )
     axis = {"zeroline": False, "automargin": True, "tickformat": ".4~g"}
