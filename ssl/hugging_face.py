@@ -234,7 +234,7 @@ def image_processor(spec: ModelSpec, size: tuple[int, int], crop_pct: float) -> 
 def largest_difference(folder: Path, model: Any, images: Float[Tensor, "B C H W"]) -> float | None:
     """Returns how far transformers' outputs of the folder's model are from ours, in units of our largest one.
 
-    None where transformers is not installed. Raises InputError when it misses tensors or has others.
+    None where transformers is not installed. Raises InputError when it misses tensors or has others, or cannot load it.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
@@ -244,9 +244,16 @@ def largest_difference(folder: Path, model: Any, images: Float[Tensor, "B C H W"
     config = transformers.AutoConfig.from_pretrained(str(folder))
     name = config.architectures[0]
     more = {"add_pooling_layer": False} if name.endswith("Model") else {}
-    theirs, info = getattr(transformers, name).from_pretrained(
-        str(folder), dtype=torch.float32, output_loading_info=True, **more
-    )
+    try:
+        theirs, info = getattr(transformers, name).from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, **more
+        )
+    except Exception as error:  # of many kinds; versions before 4.56 do not know `dtype`
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"transformers {transformers.__version__} does not load this {name} ({reason}): install a newer one to "
+            "check it, or none to write it unchecked"
+        ) from error
     if wrong := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
         raise InputError(
             f"transformers {transformers.__version__} does not load this {name} whole ({wrong[0]}); {WAY_OUT}"
