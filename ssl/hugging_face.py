@@ -97,7 +97,7 @@ def hf_autoencoder(autoencoder: MaskedAutoencoder, mask_ratio: float) -> HFModel
 def write_folder(folder: Path, model: HFModel, spec: ModelSpec, crop_pct: float) -> None:
     """Writes model.safetensors, config.json and preprocessor_config.json into an existing folder."""
     dtype = next(iter(model.tensors.values())).dtype
-    config = model.config | {"dtype": str(dtype).removeprefix("torch.")}
+    config: dict[str, Any] = model.config | {"dtype": str(dtype).removeprefix("torch.")}
     write_tensors(folder / "model.safetensors", model.tensors, {"format": "pt"})
     size = pair(config["image_size"])
     for name, content in (("config", config), ("preprocessor_config", image_processor(spec, size, crop_pct))):
@@ -199,7 +199,8 @@ def _swin(swin: Any) -> tuple[Layout, dict[str, Any]]:
         "encoder_stride": 32,
     }
     if second:
-        sizes = [stage.blocks[0].attn.pretrained_window_size for stage in swin.layers]
+        stages: Any = swin.layers
+        sizes = [stage.blocks[0].attn.pretrained_window_size for stage in stages]
         config["pretrained_window_sizes"] = [pair(size)[0] for size in sizes]
     kind = ("Swinv2" if second else "Swin") + ("ForImageClassification" if swin.num_classes else "Model")
     layouts = (HF_SWIN_V2, HF_SWIN_V2_CLASSIFIER) if second else (HF_SWIN, HF_SWIN_CLASSIFIER)
@@ -241,7 +242,7 @@ def largest_difference(folder: Path, model: Any, images: Float[Tensor, "B C H W"
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(str(folder))
+    config: Any = transformers.AutoConfig.from_pretrained(str(folder))
     name = config.architectures[0]
     more = {"add_pooling_layer": False} if name.endswith("Model") else {}
     try:
