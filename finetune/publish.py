@@ -1,6 +1,7 @@
 """Writes a release for another library, checks it, and pushes it to the Hub: what launch/export.py does."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,27 +97,43 @@ def _noise(release: Release) -> Tensor:
 
 
 def _to_timm(path: Path, release: Release, images: Tensor, config: ExportConfig) -> float:
-    """Writes timm's folder, or a single file, and returns how far timm's outputs are from ours."""
+    """Writes timm's folder, or a single file, and returns how far timm's outputs are from ours.
+
+    Raises InputError, and leaves nothing, where timm cannot load the folder (some stems it asks the network for).
+    """
     spec, model = release.spec, release.model
-    named = {} if release.labels is None else {"class_names": release.labels}
-    if path.suffix == SUFFIXES["timm"]:
-        export_weights(path, model, spec, release.facts | named)
-        loaded: Any = create_timm_model(spec.name, num_classes=model.num_classes, **_without_classes(spec.timm_args()))
-        loaded.load_state_dict(load_file(path), strict=True)
-    else:
-        export_hub(
-            path,
-            model,
-            spec,
-            title=release.title,
-            facts=release.facts,
-            labels=release.labels,
-            story=release.story,
-            crop_pct=release.crop_pct,
-            where=f"hf-hub:{config.push}" if config.push else "local-dir:.",
-        )
-        loaded = timm.create_model(f"local-dir:{path}", pretrained=True)
-    return _difference(loaded.eval(), copy.deepcopy(model).float(), images)
+    one_file = path.suffix == SUFFIXES["timm"]
+    try:
+        if one_file:
+            named = {} if release.labels is None else {"class_names": release.labels}
+            export_weights(path, model, spec, release.facts | named)
+            args = _without_classes(spec.timm_args())
+            loaded: Any = create_timm_model(spec.name, num_classes=model.num_classes, **args)
+            loaded.load_state_dict(load_file(path), strict=True)
+        else:
+            export_hub(
+                path,
+                model,
+                spec,
+                title=release.title,
+                facts=release.facts,
+                labels=release.labels,
+                story=release.story,
+                crop_pct=release.crop_pct,
+                where=f"hf-hub:{config.push}" if config.push else "local-dir:.",
+            )
+            loaded = timm.create_model(f"local-dir:{path}", pretrained=True)
+        difference = _difference(loaded.eval(), copy.deepcopy(model).float(), images)
+        if not difference <= LARGEST_DIFFERENCE:
+            raise ValueError(f"its outputs differ by {difference:.1e} of the largest one")
+    except OSError:
+        raise  # of the disk: nothing was written
+    except Exception as error:  # timm raises many kinds
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        way_out = "" if one_file else "; a single file may do: give a name that ends in .safetensors"
+        raise InputError(f"timm cannot load what was written ({reason}): it is deleted again{way_out}") from error
+    return difference
 
 
 def _without_classes(args: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def hf_autoencoder(autoencoder: MaskedAutoencoder, mask_ratio: float) -> HFModel
 def write_folder(folder: Path, model: HFModel, spec: ModelSpec, crop_pct: float) -> None:
     """Writes model.safetensors, config.json and preprocessor_config.json into an existing folder."""
     dtype = next(iter(model.tensors.values())).dtype
-    config = model.config | {"dtype": str(dtype).removeprefix("torch.")}
+    config: dict[str, Any] = model.config | {"dtype": str(dtype).removeprefix("torch.")}
     write_tensors(folder / "model.safetensors", model.tensors, {"format": "pt"})
     size = pair(config["image_size"])
     for name, content in (("config", config), ("preprocessor_config", image_processor(spec, size, crop_pct))):
@@ -199,7 +199,8 @@ def _swin(swin: Any) -> tuple[Layout, dict[str, Any]]:
         "encoder_stride": 32,
     }
     if second:
-        sizes = [stage.blocks[0].attn.pretrained_window_size for stage in swin.layers]
+        stages: Any = swin.layers
+        sizes = [stage.blocks[0].attn.pretrained_window_size for stage in stages]
         config["pretrained_window_sizes"] = [pair(size)[0] for size in sizes]
     kind = ("Swinv2" if second else "Swin") + ("ForImageClassification" if swin.num_classes else "Model")
     layouts = (HF_SWIN_V2, HF_SWIN_V2_CLASSIFIER) if second else (HF_SWIN, HF_SWIN_CLASSIFIER)
@@ -234,19 +235,26 @@ def image_processor(spec: ModelSpec, size: tuple[int, int], crop_pct: float) -> 
 def largest_difference(folder: Path, model: Any, images: Float[Tensor, "B C H W"]) -> float | None:
     """Returns how far transformers' outputs of the folder's model are from ours, in units of our largest one.
 
-    None where transformers is not installed. Raises InputError when it misses tensors or has others.
+    None where transformers is not installed. Raises InputError when it misses tensors or has others, or cannot load it.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(str(folder))
+    config: Any = transformers.AutoConfig.from_pretrained(str(folder))
     name = config.architectures[0]
     more = {"add_pooling_layer": False} if name.endswith("Model") else {}
-    theirs, info = getattr(transformers, name).from_pretrained(
-        str(folder), dtype=torch.float32, output_loading_info=True, **more
-    )
+    try:
+        theirs, info = getattr(transformers, name).from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, **more
+        )
+    except Exception as error:  # of many kinds; versions before 4.56 do not know `dtype`
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"transformers {transformers.__version__} does not load this {name} ({reason}): install a newer one to "
+            "check it, or none to write it unchecked"
+        ) from error
     if wrong := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
         raise InputError(
             f"transformers {transformers.__version__} does not load this {name} whole ({wrong[0]}); {WAY_OUT}"

@@ -317,6 +317,22 @@ def test_a_folder_for_timm_is_read_by_timm_and_by_transformers(vit: tuple[str, A
     torch.testing.assert_close(wrapper(images).last_hidden_state, vit[1].forward_features(images))
 
 
+def test_a_folder_that_timm_cannot_load_does_not_stay(vit: tuple[str, Any], tmp_path: Path, monkeypatch: Any):
+    create = timm.create_model
+
+    def refuse(name: str, **more: Any) -> Any:
+        if name.startswith("local-dir:"):
+            raise RuntimeError("no network")
+        return create(name, **more)
+
+    monkeypatch.setattr("quarterlight.finetune.publish.timm.create_model", refuse)
+    with pytest.raises(
+        InputError, match=r"timm cannot load what was written \(.*\): it is deleted again; a single file"
+    ):
+        publish(vit[0], str(tmp_path / "hub"), ExportConfig(to="timm"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_half_the_bytes_and_what_they_cost(half: Any, vit: tuple[str, Any], tmp_path: Path, capsys: Any):
     measured = publish(vit[0], str(tmp_path / "half.safetensors"), ExportConfig(to="timm", half=half))
