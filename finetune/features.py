@@ -107,13 +107,23 @@ def extract(
     accelerator: Accelerator,
     cache: Path,
     *,
+    batch_size: int,
+    num_workers: int,
     fetching: Fetching | None = None,
     signals: StopSignals | None = None,
-    **loading: int,
 ) -> tuple[Features, Int[Tensor, " n"]]:
     """Returns `pooled` features and labels of all samples in their order, on the CPU; see `extract_table`."""
-    given = {"fetching": fetching, "signals": signals}
-    table = extract_table(encoder, normalize, samples, accelerator, cache, **given, **loading)
+    table = extract_table(
+        encoder,
+        normalize,
+        samples,
+        accelerator,
+        cache,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        fetching=fetching,
+        signals=signals,
+    )
     return table.load(), table.labels()
 
 

@@ -58,7 +58,8 @@ def build_head_optimizer(head: nn.Module, config: ProbeOptimConfig) -> torch.opt
         {"params": others, "weight_decay": 0.0, "always_adapt": False},
     ]
     if config.name == "lars":
-        return SkippingLars(groups, lr=0.0, momentum=config.momentum, trust_coeff=config.trust_coeff)
+        given: dict[str, Any] = {"momentum": config.momentum, "trust_coeff": config.trust_coeff}
+        return SkippingLars(groups, lr=0.0, **given)
     groups = [{key: value for key, value in group.items() if key != "always_adapt"} for group in groups]
     if config.name == "sgd":
         return SkippingSGD(groups, lr=0.0, momentum=config.momentum)

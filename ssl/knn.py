@@ -68,8 +68,9 @@ def knn_predictions(
     neighbors: int,
     num_classes: int,
     temperature: float,
-    **blocks: int,
+    query_block: int = QUERY_BLOCK,
+    bank_block: int | None = None,
 ) -> Int[Tensor, " q"]:
-    """Returns the class that the `neighbors` nearest training features vote for; `blocks` go to `nearest`."""
-    similarity, places = nearest(train, queries, neighbors, **blocks)
+    """Returns the class that the `neighbors` nearest training features vote for."""
+    similarity, places = nearest(train, queries, neighbors, query_block=query_block, bank_block=bank_block)
     return vote(similarity, train_labels[places], num_classes=num_classes, temperature=temperature)

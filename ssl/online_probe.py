@@ -61,13 +61,19 @@ class OnlineProbe:
         crop = CenterCrop(whole.module.autoencoder.encoder.img_size, config.data.crop_pct)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
 
-        def loader(index: ShardIndex, chosen: Int[np.ndarray, " n"]) -> Loader:
-            batch_size = min(micro_batch_size, MOST_IMAGES)
-            spans = EvalSpans(len(chosen), batch_size=batch_size, rank=rank, world_size=world_size)
-            samples = opened.samples(index, FileOrder(chosen), crop)
-            return build_loader(samples, spans, num_workers=config.num_workers, fetching=opened.fetching)
-
-        self.train, self.val = loader(train, ids[0]), loader(val, ids[1])
+        self.spans = [
+            EvalSpans(len(x), batch_size=min(micro_batch_size, MOST_IMAGES), rank=rank, world_size=world_size)
+            for x in ids
+        ]
+        self.train, self.val = (
+            build_loader(
+                opened.samples(index, FileOrder(chosen), crop),
+                spans,
+                num_workers=config.num_workers,
+                fetching=opened.fetching,
+            )
+            for index, chosen, spans in zip((train, val), ids, self.spans, strict=True)
+        )
         self.images = len(ids[0]) + len(ids[1])
 
     def measure(self, step: int, log: RunLog, signals: StopSignals) -> Figures:
@@ -94,7 +100,7 @@ class OnlineProbe:
             train, val = (self._features(prepared, normalize, x, signals) for x in (self.train, self.val))
         finally:
             encoder.train(was_training)
-        bank = {name: self._gathered(x, self.train.spans) for name, x in train.items()}
+        bank = {name: self._gathered(x, self.spans[0]) for name, x in train.items()}
         labels, truth, figures = bank.pop("labels"), val.pop("labels"), {}
         for name, queries in val.items():
             similarity, places = nearest(bank[name], queries, self.config.neighbors)
@@ -141,9 +147,10 @@ def _labelled_sets(opened: Opened, config: ProbeConfig) -> tuple[ShardIndex, Sha
         raise InputError("probe.every_steps is given, and nothing to report on: give data.val or probe.val")
     with opened.accelerator.local_main_process_first():  # the first process writes the index, the others read it
         train, val = (
-            known if pattern is None and known is not None else open_index(pattern, cache_dir=cache_folder(data))
+            open_index(pattern, cache_dir=cache_folder(data)) if pattern is not None else known
             for pattern, known in ((config.train, opened.train), (config.val, opened.val))
         )
+        assert train is not None and val is not None
         for index in (train, val):
             if id(index) not in opened.small:
                 opened.small[id(index)] = find_small_images(index, data.in_chans, cache_folder(data))

@@ -32,15 +32,16 @@ def pooled_layers(encoder: Encoder, images: Float[Tensor, "B C H W"]) -> Feature
     """
     model: Any = encoder.timm
     if isinstance(model, SwinTransformer | SwinTransformerV2):
-        maps = model.forward_intermediates(images, min(LAST, len(model.layers)), norm=True, intermediates_only=True)
+        count = min(LAST, len(model.layers))
+        maps: Any = model.forward_intermediates(images, count, norm=True, intermediates_only=True)
         layers = [pooled(x.flatten(2).transpose(1, 2), encoder) for x in maps]  # of [B, D, h, w]
     else:
-        found = model.forward_intermediates(
-            images, min(LAST, len(model.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NLC",
+        prefixed = encoder.num_prefix_tokens > 0
+        found: Any = model.forward_intermediates(
+            images, min(LAST, len(model.blocks)), return_prefix_tokens=prefixed, norm=True, output_fmt="NLC",
             intermediates_only=True,
         )  # fmt: skip
-        tokens = [torch.cat([x[1], x[0]], dim=1) if isinstance(x, tuple) and x[1] is not None else x for x in found]
-        layers = [pooled(x, encoder) for x in tokens]
+        layers = [pooled(torch.cat([x[1], x[0]], dim=1) if prefixed else x, encoder) for x in found]
     last = layers.pop()
     kind = "token" if "token" in last else "avg"
     return last | {f"last{i}": layer[kind] for i, layer in enumerate(reversed(layers), start=2)}

@@ -174,6 +174,24 @@ def test_features_of_the_last_layers_are_those_of_single_blocks(shards: str, acc
     assert table.load(["last3"]).keys() == {"last3"}
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (NAME, {"reg_tokens": 2}),
+        (NAME, {"class_token": False, "global_pool": "avg", "fc_norm": False}),
+        ("vit_medium_patch16_rope_reg1_gap_256", {"num_reg_tokens": 0}),
+        ("vit_medium_patch16_rope_reg1_gap_256", {}),
+    ],
+)
+def test_the_last_layer_is_what_the_encoder_gives(name: str, changes: dict):
+    model, images = build_encoder(name, **(ARGS | changes)).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, wanted = pooled_layers(model, images), pooled(model(images), model)
+    assert found.keys() == wanted.keys() | {"last2"}  # of two blocks
+    for key, x in wanted.items():
+        torch.testing.assert_close(found[key], x, rtol=0, atol=1e-6)
+
+
 def test_features_of_a_swin_are_those_of_its_stages():
     model = build_encoder("swin_tiny_patch4_window7_224", img_size=64, embed_dim=12, depths=(1, 1, 1, 1),
                           num_heads=(1, 1, 1, 1), window_size=2).eval()  # fmt: skip

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
 
-from quarterlight.ssl.knn import knn_predictions
+from quarterlight.ssl.knn import knn_predictions, nearest
 
 GENERATOR = torch.Generator().manual_seed(0)
 CLASSES = 4
@@ -80,3 +80,33 @@ def test_far_queries_are_voted_on_too():
 
 def test_classes_that_no_feature_has_are_never_predicted():
     assert int(ours(num_classes=CLASSES + 3).max()) < CLASSES
+
+
+@pytest.mark.parametrize(("query_block", "bank_block"), [(1, 1), (7, 13), (101, 299), (500, 64)])
+@pytest.mark.parametrize("neighbors", [1, 20, 300])
+def test_blocks_of_both_sides_find_the_neighbors_of_scikit_learn(neighbors: int, query_block: int, bank_block: int):
+    search = NearestNeighbors(n_neighbors=neighbors, metric="cosine", algorithm="brute").fit(TRAIN.double().numpy())
+    distance, wanted = search.kneighbors(QUERIES.double().numpy())
+    similarity, places = nearest(TRAIN, QUERIES, neighbors, query_block=query_block, bank_block=bank_block)
+    np.testing.assert_allclose(similarity.numpy(), 1 - distance, rtol=0, atol=1e-6)
+    assert np.mean(places.numpy() == wanted) > 0.99  # float32 may exchange two that are as good as equally near
+    assert all(len(set(row)) == neighbors for row in places.tolist())
+
+
+def test_a_bank_in_half_precision_is_searched_in_full_precision():
+    similarity, _ = nearest(TRAIN.half(), QUERIES, 20, bank_block=50)
+    torch.testing.assert_close(similarity, nearest(TRAIN.half().float(), QUERIES, 20)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bank_block", [1, 3, 100])
+def test_ties_are_decided_as_by_scikit_learn(bank_block: int):
+    """Equal features count as often as they occur, and of classes with equal votes the smallest wins."""
+    bank = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    queries = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+    for labels in ([2, 2, 1, 1, 0, 3], [3, 3, 0, 0, 3, 0], [1, 0, 1, 0, 2, 2]):
+        model = KNeighborsClassifier(
+            6, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        ).fit(bank.numpy(), labels)
+        given = {"neighbors": 6, "num_classes": 4, "temperature": 0.07, "bank_block": bank_block}
+        found = knn_predictions(bank, torch.tensor(labels), queries, **given)
+        np.testing.assert_array_equal(found.numpy(), model.predict(queries.numpy()))
