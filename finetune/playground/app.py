@@ -30,10 +30,14 @@ def serve(config: PlaygroundConfig) -> None:
     print(scene.report, flush=True)
     app = build(scene, _images(scene, config), gradio)
     theme = gradio.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",))
-    _, address, _ = app.launch(
-        server_name=config.host, server_port=config.port, inbrowser=config.open_browser, theme=theme, quiet=True,
-        share=False, ssr_mode=False, footer_links=[], show_error=True, prevent_thread_lock=True, mcp_server=False,
-    )  # fmt: skip
+    try:
+        _, address, _ = app.launch(
+            server_name=config.host, server_port=config.port, inbrowser=config.open_browser, theme=theme, quiet=True,
+            share=False, ssr_mode=False, footer_links=[], show_error=True, prevent_thread_lock=True, mcp_server=False,
+        )  # fmt: skip
+    except OSError as error:
+        where = f"{config.host}:{config.port or '7860 and the next hundred'}"
+        raise InputError(f"{where} cannot be listened at, or is taken: give another --port or --host") from error
     print(f"playground: {address} (Ctrl-C ends it)", flush=True)
     app.block_thread()
 
