@@ -4,6 +4,7 @@ A map-style data set whose batch sampler yields only spans of positions, so a ru
 given to `accelerator.prepare`, which would shard it a second time.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -31,6 +32,8 @@ from .spans import AnySpans
 from .watch import AGAIN
 
 PREFETCHED = 2  # batches a worker reads ahead
+_workers: set[multiprocessing.process.BaseProcess] = set()  # of all loaders in this process
+os.register_at_fork(after_in_child=_workers.clear)
 
 
 class _Refused(NamedTuple):
@@ -109,8 +112,11 @@ class Loader:
         loader = self._kept or self._build()
         self._passes += 1
         self._follow()
+        before = set(multiprocessing.active_children())
         with _deaths_noticed_later():  # the workers begin now, not when the first batch is asked for
             batches = iter(loader)
+        _workers.intersection_update(before)  # those that have ended are forgotten
+        _workers.update(set(multiprocessing.active_children()) - before)
         return self._pass(batches, self._passes)
 
     def _pass(self, batches: Iterator[Any], mine: int) -> Iterator[Batch]:
@@ -219,6 +225,16 @@ def _start_method(cuda: bool) -> Any:
             resource_tracker.ensure_running()
             forkserver.ensure_running()
     return context
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends the workers of loaders that are still in use when this process ends.
+
+    Python sends them one SIGTERM then and waits for their end without limit, and one they ignore.
+    """
+    for worker in _workers:
+        worker.kill()
 
 
 def _begin_worker(worker: int) -> None:

@@ -1,5 +1,7 @@
 import hashlib
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,30 @@ def test_workers_that_stay_give_the_same_second_pass(index):
     first, second = list(loader), list(loader)
     assert all(map(same, first, second))
     assert len(first) == len(second) == 5
+
+
+def test_a_process_ends_while_its_loaders_are_in_use(index):
+    """Python waits for workers that got one SIGTERM, and workers leave the first one to their process."""
+    script = """
+import sys
+from multiprocessing import active_children
+import numpy as np
+from quarterlight.ssl.augment import CenterCrop
+from quarterlight.ssl.batches import Samples
+from quarterlight.ssl.index import open_index
+from quarterlight.ssl.loader import build_loader
+from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.spans import EvalSpans
+
+index = open_index(sys.argv[1])
+samples = Samples(index, FileOrder(np.arange(len(index))), CenterCrop((16, 16), 1.0), 0, 3)
+spans = EvalSpans(len(index), batch_size=4, rank=0, world_size=1)
+kept = [iter(build_loader(samples, spans, num_workers=1, persistent=stays)) for stays in (True, False)]
+print(*(len(next(batches).keys) for batches in kept), len(active_children()))
+"""
+    command = [sys.executable, "-c", script, str(Path(index.paths[0]).parent / "train-*.tar")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, ["4", "4", "2"], "")
 
 
 def test_another_seed_or_epoch_gives_other_crops_masks_and_order(index):
