@@ -65,7 +65,8 @@ def nearest(
         at = torch.empty(len(part), 0, dtype=torch.long, device=device)
         for start, rows in _blocks(bank, bank_block):
             block = F.normalize(rows.to(device).float(), dim=1)
-            similarity = (part @ block.T).nan_to_num_(nan=-torch.inf)
+            similarity = part @ block.T
+            similarity[:, block.isnan().any(dim=1)] = -torch.inf
             if own is not None:
                 here = ((own >= start) & (own < start + len(block))).nonzero().squeeze(1)
                 similarity[here, own[here] - start] = -torch.inf
@@ -73,6 +74,7 @@ def nearest(
             best, at = torch.cat([best, near], dim=1), torch.cat([at, where + start], dim=1)
             best, order = best.sort(dim=1, descending=True, stable=True)
             best, at = best[:, :count], at.gather(1, order[:, :count])
+        best = best.masked_fill(best.isnan(), -torch.inf)  # of a query with NaN
         found.append((best.to(home), at.masked_fill(best == -torch.inf, -1).to(home)))
     similarity, places = (torch.cat(x) for x in zip(*found, strict=True))
     return Nearest(similarity, places)
