@@ -7,17 +7,15 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn import functional as F
 
 from quarterlight.ssl.config import EncoderConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.files import replace_file
+from quarterlight.ssl.knn import Nearest, nearest
 from quarterlight.ssl.processes import build_accelerator
 from quarterlight.ssl.runs import write_result
 
@@ -26,48 +24,7 @@ from .embeddings import Embeddings
 from .neighbors_picture import draw_neighbors
 from .use_config import CropConfig, EmbedConfig, NeighborsConfig
 
-BANK_ROWS, QUERY_ROWS = 65_536, 1024  # a block of similarities: 256 MB
 COLUMNS = ("query_path", "query_key", "query_label", "rank", "path", "key", "label", "similarity")
-
-
-class Found(NamedTuple):
-    """The neighbors of each query, the nearest first."""
-
-    similarity: Float[Tensor, "q k"]  # cosine, from -1 to 1
-    number: Int[Tensor, "q k"]  # of the image in the bank
-
-
-@torch.inference_mode()
-def nearest(
-    bank: Embeddings, queries: Embeddings, *, top_k: int, device: torch.device, without_itself: bool = False
-) -> Found:
-    """Returns the exact `top_k` nearest images of the bank for each query, by cosine similarity in float32.
-
-    Both are read block by block. `without_itself` leaves out the image of the query's own number: then the queries are
-    the bank. Images without features (NaN) are nobody's neighbors; a query without them has neighbors of number -1.
-    """
-    found: list[Found] = []
-    for first, part in queries.blocks(QUERY_ROWS):
-        query = F.normalize(part.to(device), dim=1)
-        best = Found(query.new_full((len(query), top_k), -torch.inf), query.new_full((len(query), top_k), -1).long())
-        for start, rows in bank.blocks(BANK_ROWS):
-            similarity = (query @ F.normalize(rows.to(device), dim=1).T).nan_to_num(nan=-torch.inf)  # [q, rows]
-            if without_itself:
-                same = torch.arange(first, first + len(query), device=device)[:, None] - start
-                similarity.masked_fill_(same == torch.arange(len(rows), device=device), -torch.inf)
-            best = _better(best, similarity, start)
-        found.append(Found(*(x.cpu() for x in best)))
-    similarity, number = (torch.cat(x) for x in zip(*found, strict=True))
-    return Found(similarity, number.masked_fill(similarity == -torch.inf, -1))
-
-
-def _better(best: Found, similarity: Float[Tensor, "q n"], start: int) -> Found:
-    """Returns the nearest among those known and a block of others; of equally near ones, those known."""
-    top_k = best.number.shape[1]
-    value, place = similarity.topk(min(top_k, similarity.shape[1]), dim=1)
-    values, numbers = torch.cat([best.similarity, value], dim=1), torch.cat([best.number, place + start], dim=1)
-    value, order = values.sort(dim=1, descending=True, stable=True)
-    return Found(value[:, :top_k], numbers.gather(1, order[:, :top_k]))
 
 
 def neighbors(config: NeighborsConfig) -> dict[str, Any]:
@@ -87,13 +44,14 @@ def neighbors(config: NeighborsConfig) -> dict[str, Any]:
         raise InputError("neighbors runs in one process: start it with python, not with a launcher of several")
     queries = _queries(config, bank, out)
     device = build_accelerator(_precision(config, bank)).device
-    found = nearest(bank, queries, top_k=config.top_k, device=device, without_itself=queries is bank)
+    itself = torch.arange(len(bank)) if queries is bank else None
+    found = nearest(bank, queries, config.top_k, itself=itself, device=device)
     _write_csv(out / "neighbors.csv", _rows(bank, queries, found))
-    whole = torch.nonzero(found.number[:, 0] >= 0).squeeze(1).tolist()
+    whole = torch.nonzero(found.places[:, 0] >= 0).squeeze(1).tolist()
     if whole and config.pictures:
         places = np.linspace(0, len(whole) - 1, min(config.pictures, len(whole))).round().astype(int).tolist()
         shown = [whole[i] for i in places]
-        draw_neighbors(out / "neighbors.png", bank, queries, found.similarity, found.number, shown, config.cache_dir)
+        draw_neighbors(out / "neighbors.png", bank, queries, found.similarity, found.places, shown, config.cache_dir)
     result: dict[str, Any] = {"queries": len(queries), "bank": len(bank), "top_k": config.top_k}
     share = _same_label(bank, queries, found)
     result |= {} if share is None else {"same_label_pct": share}
@@ -175,10 +133,10 @@ def _embed_config(config: NeighborsConfig, bank: Embeddings, out: Path) -> Embed
         ) from error
 
 
-def _rows(bank: Embeddings, queries: Embeddings, found: Found) -> list[tuple[Any, ...]]:
+def _rows(bank: Embeddings, queries: Embeddings, found: Nearest) -> list[tuple[Any, ...]]:
     """Returns the rows of the table, with COLUMNS; a query without features has none."""
     rows = []
-    for query, (similarities, numbers) in enumerate(zip(found.similarity.tolist(), found.number.tolist(), strict=True)):
+    for query, (similarities, numbers) in enumerate(zip(found.similarity.tolist(), found.places.tolist(), strict=True)):
         for rank, (similarity, number) in enumerate(zip(similarities, numbers, strict=True), 1):
             if number >= 0:
                 mine = (queries.path[query], queries.key[query], _label(queries, query))
@@ -201,8 +159,8 @@ def _write_csv(path: Path, rows: Sequence[tuple[Any, ...]]) -> None:
     replace_file(path, lambda partial: partial.write_bytes(data))
 
 
-def _same_label(bank: Embeddings, queries: Embeddings, found: Found) -> float | None:
+def _same_label(bank: Embeddings, queries: Embeddings, found: Nearest) -> float | None:
     """Returns the share, in percent, of neighbors that have the label of their query; None without labels."""
-    mine, others = queries.label[:, None].expand_as(found.number), bank.label[found.number.clamp(min=0)]
-    counted = (found.number >= 0) & (mine >= 0) & (others >= 0)
+    mine, others = queries.label[:, None].expand_as(found.places), bank.label[found.places.clamp(min=0)]
+    counted = (found.places >= 0) & (mine >= 0) & (others >= 0)
     return 100 * float((mine == others)[counted].double().mean()) if bool(counted.any()) else None

@@ -18,10 +18,10 @@ from quarterlight.ssl.files import replace_file, replace_folder
 from quarterlight.ssl.graphs import refuse_onnx, write_onnx, write_torch
 from quarterlight.ssl.half import half_error, in_half
 from quarterlight.ssl.hub import check_push, push_files
-from quarterlight.ssl.hugging_face import hf_autoencoder, hf_model, largest_difference, write_folder
 from quarterlight.ssl.model_card import model_card
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.plain_vit import mae_tensors
+from quarterlight.ssl.write_transformers import hf_autoencoder, hf_model, largest_difference, write_folder
 
 from .release import Release, open_release
 from .usage import CHECKERS, usage

@@ -1,5 +1,8 @@
 """Nearest neighbors among frozen features, exact, in blocks; and classification by their votes."""
 
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,41 +13,79 @@ BANK_BLOCK = 65536
 CPU_BLOCK = 8192  # of the bank: similarities that stay near the processor
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """Features that lie elsewhere, such as in a file, and are read a block at a time."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "n D"]]]:
+        """Yields (place of the first feature, features) for `rows` of them at a time."""
+        ...
+
+
+class Nearest(NamedTuple):
+    """The neighbors of each query, nearest first."""
+
+    similarity: Float[Tensor, "q k"]  # cosine, from -1 to 1; -inf where there are fewer
+    places: Int[Tensor, "q k"]  # in the bank; -1 where there are fewer
+
+
 @torch.no_grad()
 def nearest(
-    bank: Float[Tensor, "n D"],
-    queries: Float[Tensor, "q D"],
+    bank: Float[Tensor, "n D"] | Stored,
+    queries: Float[Tensor, "q D"] | Stored,
     neighbors: int,
     *,
+    itself: Int[Tensor, " q"] | None = None,
     device: torch.device | None = None,
     query_block: int = QUERY_BLOCK,
     bank_block: int | None = None,
-) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-    """Returns cosine similarity and place in `bank` of the `neighbors` (or all n) nearest features, nearest first.
+) -> Nearest:
+    """Returns the `neighbors` (or all n) nearest features of each query by cosine similarity in float32.
+
+    `itself` is each query's own place in the bank, which is left out. Features with NaN are nobody's neighbors; a
+    query with NaN has none.
 
     It is exact, and never holds more than query_block x bank_block similarities: blocks of both sides move to `device`
     (None: where the queries are), and of each block of the bank only the nearest are kept and merged. So the memory of
     a bank of ImageNet-1k (1.28 M) does not depend on the number of queries, and `bank` may stay in host memory, in
-    float16 as well. Which of several equally near features come first, or in at all, is not defined.
+    float16 as well, or in a file. What is found lies where the queries are, for stored ones in host memory. Of equally
+    near features those of an earlier block come first; which of one block come first, or in at all, is not defined.
     """
-    device = queries.device if device is None else device
+    home = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+    device = home if device is None else device
     bank_block = bank_block or (CPU_BLOCK if device.type == "cpu" else BANK_BLOCK)
-    count = min(neighbors, len(bank))
-    similarity = torch.empty(len(queries), count)
-    places = torch.empty(len(queries), count, dtype=torch.long)
-    for first in range(0, len(queries), query_block):
-        part = F.normalize(queries[first : first + query_block].to(device).float(), dim=1)
+    count = max(0, min(neighbors, len(bank) - (itself is not None)))
+    found = [(torch.empty(0, count, device=home), torch.empty(0, count, dtype=torch.long, device=home))]
+    for first, some in _blocks(queries, query_block):
+        part = F.normalize(some.to(device).float(), dim=1)
+        own = None if itself is None else itself[first : first + len(part)].to(device)
         best = torch.empty(len(part), 0, device=device)
         at = torch.empty(len(part), 0, dtype=torch.long, device=device)
-        for start in range(0, len(bank), bank_block):
-            block = F.normalize(bank[start : start + bank_block].to(device).float(), dim=1)
-            near, where = (part @ block.T).topk(min(count, len(block)), dim=1)
+        for start, rows in _blocks(bank, bank_block):
+            block = F.normalize(rows.to(device).float(), dim=1)
+            similarity = part @ block.T
+            similarity[:, block.isnan().any(dim=1)] = -torch.inf
+            if own is not None:
+                here = ((own >= start) & (own < start + len(block))).nonzero().squeeze(1)
+                similarity[here, own[here] - start] = -torch.inf
+            near, where = similarity.topk(min(count, len(block)), dim=1)
             best, at = torch.cat([best, near], dim=1), torch.cat([at, where + start], dim=1)
-            best, chosen = best.topk(min(count, best.shape[1]), dim=1)
-            at = at.gather(1, chosen)
-        similarity[first : first + query_block] = best.cpu()
-        places[first : first + query_block] = at.cpu()
-    return similarity.to(queries.device), places.to(queries.device)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, at = best[:, :count], at.gather(1, order[:, :count])
+        best = best.masked_fill(best.isnan(), -torch.inf)  # of a query with NaN
+        found.append((best.to(home), at.masked_fill(best == -torch.inf, -1).to(home)))
+    similarity, places = (torch.cat(x) for x in zip(*found, strict=True))
+    return Nearest(similarity, places)
+
+
+def _blocks(features: Tensor | Stored, rows: int) -> Iterator[tuple[int, Tensor]]:
+    if not isinstance(features, Tensor):
+        yield from features.blocks(rows)
+        return
+    for start in range(0, len(features), rows):
+        yield start, features[start : start + rows]
 
 
 def vote(

@@ -56,8 +56,8 @@ class RunLog:
         """Records the values of `step` steps done: one line each in the terminal and in metrics.jsonl, and curves."""
         if not self.enabled:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        self.append(self.metrics_path.name, [{"step": step, **finite}])
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.append(self.metrics_path.name, [{"step": step, **numbers}])
         with self.spared():
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -101,6 +101,43 @@ def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Appends one JSON object a line, in one write, so that processes may share the file."""
     with path.open("a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the objects of a JSONL file, and which lines hold none (from 1): a kill may have cut one short.
+
+    Raises OSError when it cannot be read.
+    """
+    found, lost = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            found.append(record)
+        elif line.strip():
+            lost.append(number)
+    return found, lost
+
+
+def metrics_of(records: list[dict[str, Any]]) -> list[dict[str, float | None]]:
+    """Returns the numbers of the records that say their step, in its order; None where one is not finite."""
+    kept = []
+    for record in records:
+        if finite(record.get("step")) is not None:
+            kept.append({k: finite(x) for k, x in record.items() if x is None or type(x) in (int, float)})
+    return sorted(kept, key=lambda record: record["step"] or 0)
+
+
+def finite(value: Any) -> float | None:
+    """Returns the number that `value` is; None for anything else, and for what no float can hold."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond the range of floats
+        return None
 
 
 def drop_later_records(path: Path, step: int, *, evaluations: bool = True) -> None:

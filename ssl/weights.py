@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from . import huggingface
+from . import read_transformers
 from .architectures import Architecture, architecture_of
 from .checkpoint import MODEL_FILE, state_folders
 from .config import DecoderConfig
@@ -73,7 +73,7 @@ def read_weights(init: str, *, with_decoder: bool = False, merge_order: MergeOrd
     of the same step. Raises InputError when there is nothing of that name or it cannot be read or used.
     """
     path = Path(init).expanduser()
-    if init.startswith("hf-hub:") and (folder := huggingface.hub_folder(init)) is not None:
+    if init.startswith("hf-hub:") and (folder := read_transformers.hub_folder(init)) is not None:
         return replace(_read_folder(folder), source=init)
     if path.is_dir():
         return _read_state(path) if with_decoder and state_folders(path) else _read_folder(path)
@@ -90,7 +90,7 @@ def _read_folder(path: Path, *, own: bool = True) -> Weights:
     for name in (ENCODER_FILE, CLASSIFIER_FILE) if own else ():
         if (path / name).is_file():
             return _read_safetensors(path / name, None)
-    if (config := huggingface.read_config(path)) is not None:
+    if (config := read_transformers.read_config(path)) is not None:
         return _read_transformers(path, config)
     if (path / "config.json").is_file():
         return _read_timm(f"local-dir:{path}")
@@ -181,17 +181,17 @@ def _decoder(found: Found) -> DecoderWeights | None:
 
 
 def _read_transformers(folder: Path, config: dict[str, Any]) -> Weights:
-    tensors = huggingface.read_folder(folder, config)
+    tensors = read_transformers.read_folder(folder, config)
     try:
         found = recognise(tensors)
         guess = architecture_of(found.encoder, found.buffers, pooled=False)
-        guess, notes = huggingface.with_config(guess, config)
+        guess, notes = read_transformers.with_config(guess, config)
     except InputError as error:
         raise InputError(f"init {folder}: {error}") from error
     weights = _weights(str(folder), found, guess, tuple(notes))
     if weights.head:
-        weights = replace(weights, class_names=huggingface.class_names(config))
-    if weights.spec is not None and (said := huggingface.normalization(folder)) is not None:
+        weights = replace(weights, class_names=read_transformers.class_names(config))
+    if weights.spec is not None and (said := read_transformers.normalization(folder)) is not None:
         weights = replace(weights, spec=replace(weights.spec, mean=said[0], std=said[1]))
     heads = config.get("decoder_num_attention_heads")
     if weights.decoder is not None and weights.kind == "hf-vit-mae" and isinstance(heads, int):

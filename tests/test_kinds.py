@@ -99,7 +99,8 @@ def assert_same_loss(found: MaskedAutoencoder, wanted: MaskedAutoencoder) -> Non
     torch.testing.assert_close(found(x, masking).loss, wanted(x, masking).loss, rtol=1e-6, atol=0)
 
 
-# MAE. That our autoencoder computes what MAE's does is proved with Hugging Face's (test_mae.py, test_huggingface.py).
+# MAE. That our autoencoder computes what MAE's does is proved with Hugging Face's (test_mae.py,
+# test_read_transformers.py).
 
 
 @pytest.mark.parametrize("wrap", ["plain", "trained", "distributed", "compiled"])

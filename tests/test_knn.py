@@ -1,5 +1,7 @@
 """Nearest neighbors against scikit-learn's."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,45 @@ def test_ties_are_decided_as_by_scikit_learn(bank_block: int):
         given = {"neighbors": 6, "num_classes": 4, "temperature": 0.07, "bank_block": bank_block}
         found = knn_predictions(bank, torch.tensor(labels), queries, **given)
         np.testing.assert_array_equal(found.numpy(), model.predict(queries.numpy()))
+
+
+class Stored:
+    """Features that are read block by block, as from a file."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(self), rows):
+            yield start, self.features[start : start + rows]
+
+
+@pytest.mark.parametrize(("bank_block", "query_block"), [(7, 5), (1, 1), (1000, 1000)])
+@pytest.mark.parametrize("given", [Stored, Tensor])
+def test_neighbors_are_those_of_scikit_learn_in_blocks_of_any_size(given, bank_block, query_block):
+    blocks = {"bank_block": bank_block, "query_block": query_block}
+    bank, queries = TRAIN[:40], QUERIES[:13]
+    found = nearest(given(bank), given(queries), 6, **blocks)
+    model = NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(bank.double().numpy())
+    distance, places = model.kneighbors(queries.double().numpy())
+    np.testing.assert_array_equal(found.places.numpy(), places)
+    np.testing.assert_allclose(1 - found.similarity.numpy(), distance, atol=1e-5)
+    others = nearest(given(bank), given(bank), 6, itself=torch.arange(40), **blocks)
+    np.testing.assert_array_equal(others.places.numpy(), model.kneighbors(return_distance=False))
+    some = torch.tensor([39, 3])
+    np.testing.assert_array_equal(nearest(bank, bank[some], 6, itself=some, **blocks).places, others.places[some])
+
+
+def test_features_with_nan_are_nobodys_neighbors_and_have_none():
+    bank = torch.eye(4)
+    bank[1] = torch.nan
+    found = nearest(bank, bank, 3, itself=torch.arange(4))
+    assert not (found.places[[0, 2, 3]] == 1).any() and found.places[1].tolist() == [-1, -1, -1]
+    assert found.places[0].tolist()[2] == -1, "there are two others only"
+
+
+def test_of_equally_near_features_those_of_an_earlier_block_come_first():
+    assert nearest(torch.ones(6, 2), torch.ones(1, 2), 4, bank_block=1).places.tolist() == [[0, 1, 2, 3]]

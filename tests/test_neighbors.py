@@ -1,4 +1,4 @@
-"""Nearest neighbors against scikit-learn's, and the command on real files."""
+"""launch/neighbors.py on real files; the search itself is in test_knn.py."""
 
 import csv
 import json
@@ -11,51 +11,12 @@ import torch
 from classifiers import ENVIRONMENT, classifier, images
 from conftest import command, write_tars
 from PIL import Image
-from sklearn.neighbors import NearestNeighbors
 
-from quarterlight.finetune import neighbors as module
 from quarterlight.finetune.embed import embed
-from quarterlight.finetune.embeddings import Embeddings
-from quarterlight.finetune.neighbors import nearest, neighbors
+from quarterlight.finetune.neighbors import neighbors
 from quarterlight.finetune.use_config import CropConfig, EmbedConfig, NeighborsConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
-
-CPU = torch.device("cpu")
-
-
-class Features(Embeddings):
-    """Features that lie in memory."""
-
-    def __init__(self, features: torch.Tensor) -> None:
-        self.features, self.path = features, [""] * len(features)
-
-    def blocks(self, rows: int):
-        for start in range(0, len(self.features), rows):
-            yield start, self.features[start : start + rows]
-
-
-@pytest.mark.parametrize(("bank_rows", "query_rows"), [(7, 5), (1, 1), (1000, 1000)])
-def test_neighbors_are_those_of_scikit_learn_in_blocks_of_any_size(monkeypatch, bank_rows, query_rows):
-    monkeypatch.setattr(module, "BANK_ROWS", bank_rows)
-    monkeypatch.setattr(module, "QUERY_ROWS", query_rows)
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(n, 12, generator=generator) * 3 for n in (40, 13))
-    found = nearest(Features(bank), Features(queries), top_k=6, device=CPU)
-    model = NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(bank.double().numpy())
-    distance, number = model.kneighbors(queries.double().numpy())
-    np.testing.assert_array_equal(found.number.numpy(), number)
-    np.testing.assert_allclose(1 - found.similarity.numpy(), distance, atol=1e-5)
-    others = nearest(Features(bank), Features(bank), top_k=6, device=CPU, without_itself=True)
-    np.testing.assert_array_equal(others.number.numpy(), model.kneighbors(return_distance=False))
-
-
-def test_images_without_features_are_nobodys_neighbors_and_have_none():
-    bank = torch.eye(4)
-    bank[1] = torch.nan
-    found = nearest(Features(bank), Features(bank), top_k=3, device=CPU, without_itself=True)
-    assert not (found.number[[0, 2, 3]] == 1).any() and found.number[1].tolist() == [-1, -1, -1]
-    assert found.number[0].tolist()[2] == -1, "there are two others only"
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,12 @@ from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import CLASSIFIER_FILE, ENCODER_FILE, ModelSpec, export_weights
 from quarterlight.ssl.export_config import ExportConfig
-from quarterlight.ssl.hugging_face import hf_autoencoder, hf_model, image_processor
 from quarterlight.ssl.layouts import HF_SWIN, HF_SWIN_V2, HF_VIT, HF_VIT_MAE, MAE, Layout
 from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
 from quarterlight.ssl.masking import random_masking
 from quarterlight.ssl.plain_vit import mae_tensors
 from quarterlight.ssl.released import read_weights
+from quarterlight.ssl.write_transformers import hf_autoencoder, hf_model, image_processor
 
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
 SWIN = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "img_size": 64, "window_size": 2}
@@ -155,7 +155,7 @@ KINDS = {
 
 @pytest.mark.parametrize("case", FITTING)
 def test_transformers_computes_the_same(case: str, tmp_path: Path):
-    from quarterlight.ssl.hugging_face import write_folder
+    from quarterlight.ssl.write_transformers import write_folder
 
     model = FITTING[case]()
     made = hf_autoencoder(model, 0.75) if isinstance(model, MaskedAutoencoder) else hf_model(model)
@@ -183,7 +183,7 @@ def test_transformers_computes_the_same(case: str, tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "layout"), [(NAME, HF_VIT), (V1, HF_SWIN), (V2, HF_SWIN_V2)])
 def test_what_transformers_writes_of_it_is_bit_for_bit_ours(name: str, layout: Layout, tmp_path: Path):
-    from quarterlight.ssl.hugging_face import write_folder
+    from quarterlight.ssl.write_transformers import write_folder
 
     model = encoder(name)
     write_folder(tmp_path / ".", hf_model(model), ModelSpec(name, {}, MEAN, STD), 0.875)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from quarterlight.finetune.pictures.autoencoders import load_run, load_subject
 from quarterlight.finetune.pictures.config import VisualizeConfig
 from quarterlight.finetune.pictures.curves import PANELS, draw_curves, names_of, read_metrics
-from quarterlight.finetune.pictures.feature_pictures import draw_features_map, nearest, principal_components
+from quarterlight.finetune.pictures.feature_pictures import draw_features_map, principal_components
 from quarterlight.finetune.pictures.figure import CannotDraw, save_figure
 from quarterlight.finetune.pictures.images import Images, read_images
 from quarterlight.finetune.pictures.visualize import visualize
@@ -26,6 +26,7 @@ from quarterlight.ssl.config import EncoderConfig
 from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
+from quarterlight.ssl.knn import nearest
 from quarterlight.ssl.pictures import reconstruction_picture
 
 CROP = CenterCrop((16, 16), 1.0)
@@ -220,7 +221,7 @@ def test_principal_components_and_neighbors_are_scikit_learns():
     assert abs(mine) == pytest.approx(abs(wanted), abs=1e-4)
     assert (mine[abs(mine).argmax(axis=0), range(3)] > 0).all()
     assert principal_components(features[:2, :2], 3).shape == (2, 3)
-    ids, similarity = nearest(features, np.array([3, 11]), 5)
+    similarity, ids = nearest(features, features[[3, 11]], 5, itself=torch.tensor([3, 11]))
     distances, others = NearestNeighbors(n_neighbors=6, metric="cosine").fit(features).kneighbors(features[[3, 11]])
     assert ids.tolist() == others[:, 1:].tolist()
     assert similarity.numpy() == pytest.approx(1 - distances[:, 1:], abs=1e-5)

@@ -1,6 +1,5 @@
 """The records of runs as curves: loss, learning rate, gradients, and the share of time spent waiting for data."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.log import metrics_of, read_jsonl
 
 from .figure import COLORS, CannotDraw, Picture, new_picture, plain
 
@@ -21,23 +21,18 @@ PANELS = {
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the records of a run, in the order of their steps; lines that a kill cut short are left out.
+def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
+    """Returns the numbers that a run recorded, in the order of their steps; None where one is not finite.
 
-    Raises InputError when the folder holds no metrics.jsonl.
+    Raises InputError when the folder holds no metrics.jsonl that can be read.
     """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"runs {run_dir}: holds no metrics.jsonl, so it is the folder of no training run")
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        records.append(record)
-    return sorted(records, key=lambda record: record["step"])
+    try:
+        return metrics_of(read_jsonl(run_dir / "metrics.jsonl")[0])
+    except OSError as error:
+        raise InputError(
+            f"runs {run_dir}: holds no metrics.jsonl that can be read ({error.strerror}), so it is the folder of no "
+            "training run"
+        ) from error
 
 
 def names_of(run_dirs: list[Path]) -> dict[str, Path]:
@@ -50,9 +45,9 @@ def names_of(run_dirs: list[Path]) -> dict[str, Path]:
     return dict(zip(names, run_dirs, strict=True)) if parts else {}
 
 
-def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
+def draw_curves(runs: dict[str, list[dict[str, float | None]]]) -> Picture:
     """Draws what runs recorded, a line a run in each panel. Raises CannotDraw when none has recorded a loss."""
-    if not any(_is_number(record.get("loss")) for records in runs.values() for record in records):
+    if not any(record.get("loss") is not None for records in runs.values() for record in records):
         raise CannotDraw("no loss has been recorded yet")
     titles = [name if len(name) <= 40 else f"...{name[-37:]}" for name in runs]
     picture = new_picture(
@@ -69,7 +64,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
             points = [(r["step"], r[key]) for r in records if key in r and "lr" in r]
             if not points:
                 continue
-            values = np.array([value if _is_number(value) else math.nan for _, value in points], float)
+            values = np.array([math.nan if value is None else value for _, value in points])
             style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
             place.plot([step for step, _ in points], values, label=plain(name), linewidth=1.4, **style)
             drawn += values[~np.isnan(values)].tolist()
@@ -97,7 +92,3 @@ def _scale(axes: Any, values: list[float], *, logarithmic: bool) -> None:
     if not logarithmic:
         axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

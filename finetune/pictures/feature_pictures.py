@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from quarterlight.finetune.features import pooled
 from quarterlight.ssl.encoder import Encoder
+from quarterlight.ssl.knn import nearest
 from quarterlight.ssl.swin import SwinEncoder
 
 from .figure import COLORS, MARKERS, CannotDraw, Picture, montage_height, new_picture, plain, show_montage
@@ -138,24 +139,14 @@ def draw_features_rgb(
     return picture
 
 
-def nearest(
-    features: Float[Tensor, "n D"], queries: Int[np.ndarray, " q"], count: int
-) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
-    """Returns the numbers of the `count` nearest other images of each query, and their cosine similarities."""
-    unit = F.normalize(features, dim=1)
-    similarity = unit[queries] @ unit.t()
-    similarity[torch.arange(len(queries)), torch.from_numpy(queries)] = -torch.inf  # itself
-    found = similarity.topk(min(count, len(features) - 1), dim=1)
-    return found.indices, found.values
-
-
 def draw_neighbors(
     features: Float[Tensor, "n D"], images: Images, colored: Any, queries: Int[np.ndarray, " q"]
 ) -> Picture:
     """Draws the nearest neighbors of some images; `colored(numbers)` gives images [k, h, w, 3] in [0, 1]."""
     if len(features) < FEWEST:
         raise CannotDraw(f"neighbors need at least {FEWEST} images, and there are {len(features)}")
-    ids, similarity = nearest(features, queries, NEIGHBORS)
+    places = torch.from_numpy(queries)
+    similarity, ids = nearest(features, features[places], NEIGHBORS, itself=places)
     labelled = bool((images.labels >= 0).any())
     own = images.labels[queries][:, None]
     share = float((images.labels[ids.numpy()] == own)[own[:, 0] >= 0].mean()) if (own >= 0).any() else 0.0

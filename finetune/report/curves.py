@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from .run_folder import Run, finite
+from quarterlight.ssl.log import finite
+
+from .run_folder import Run
 
 MOST_POINTS = 1500  # of one curve; a longer one keeps the smallest and the largest value of every stretch
 MARKED = 40  # curves of up to so many points show each of them

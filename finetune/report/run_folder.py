@@ -1,7 +1,6 @@
 """A run folder as it is found: finished, on its way, half written or damaged. What cannot be read is only said."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import yaml
 
 from quarterlight.ssl.config import flat
 from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.log import finite, metrics_of, read_jsonl
 
 MARKS = ("config.yaml", "metrics.jsonl", "result.json")  # a folder with one of them is a run's
 RECORDS_SHOWN = 100  # of unreadable samples and skipped steps
@@ -146,9 +146,9 @@ def _read_run(folder: Path, name: str) -> Run:
         config,
         _flat(read_json(folder / "environment.json", problems), "environment.json", problems),
         result,
-        _numbers(_read_jsonl(metrics, problems)),
-        _listing(_read_jsonl(folder / "bad_samples.jsonl", problems), "reason"),
-        _listing(_read_jsonl(folder / "bad_steps.jsonl", problems), "loss"),
+        metrics_of(_records(metrics, problems)),
+        _listing(_records(folder / "bad_samples.jsonl", problems), "reason"),
+        _listing(_records(folder / "bad_steps.jsonl", problems), "loss"),
         metrics.stat().st_mtime if metrics.is_file() else None,
         problems,
     )
@@ -182,48 +182,19 @@ def _flat(content: Any, name: str, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Returns the objects of a JSONL file; a run that is on its way may have written half of the last line."""
+def _records(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Returns the objects of a JSONL file; [] where there is none. What cannot be read is added to `problems`."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        found, lost = read_jsonl(path)
     except FileNotFoundError:
         return []
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror}).")
         return []
-    found, lost = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            found.append(record)
-        elif line.strip():
-            lost.append(number)
     if lost:
         named = ", ".join(map(str, lost[:MOST_LOST_LINES_NAMED])) + ", ..." * (len(lost) > MOST_LOST_LINES_NAMED)
         problems.append(f"{path.name}: {len(lost)} of {len(found) + len(lost)} lines cannot be read (line {named}).")
     return found
-
-
-def _numbers(records: list[dict[str, Any]]) -> list[dict[str, float | None]]:
-    """Returns the numbers of the records that say their step, in its order; None where one is not finite."""
-    kept = []
-    for record in records:
-        if finite(record.get("step")) is not None:
-            kept.append({k: finite(x) for k, x in record.items() if x is None or type(x) in (int, float)})
-    return sorted(kept, key=lambda record: record["step"] or 0)
-
-
-def finite(value: Any) -> float | None:
-    """Returns the number that `value` is; None for anything else, and for what no float can hold."""
-    if type(value) not in (int, float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond the range of floats
-        return None
 
 
 def _listing(records: list[dict[str, Any]], reason: str) -> Listing:

@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .run_folder import Run, finite
+from quarterlight.ssl.log import finite
+
+from .run_folder import Run
 
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "linear_probe": "Linear probe and k-NN"}
 # Figures that tables begin with; further ones follow in the order in which result.json has them.
