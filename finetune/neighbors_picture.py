@@ -78,7 +78,7 @@ def draw_neighbors(
             if other < 0:
                 axes.axis("off")
                 continue
-            _draw(axes, pictures.read(bank.path[other], bank.key[other]), _text(bank, other, f"{value:.3f}"))
+            _draw(axes, pictures.read(bank.path[other], bank.key[other]), _text(bank, other, f"{value:.4f}"))
     grid[0, 0].set_title("query", fontsize=13)
     grid[0, 2].set_title("nearest", fontsize=13)
     figure.suptitle(f"Nearest of {len(bank):,} images by cosine similarity", fontsize=14)

@@ -67,5 +67,5 @@ def _draw_shuffles(panel: Any, whole: dict[str, Any], shuffles: list[dict[str, A
     panel.bar(range(len(points)), heights, width=0.6, color=["#999999"] + ["#56B4E9"] * len(shuffles))
     for i, height in enumerate(heights):
         panel.text(i, height + 1.5, f"{height:.0f}", ha="center", fontsize=12)
-    panel.set_xticks(range(len(points)), ["whole", *(f"{row['tiles']}²" for row in points[1:])])
+    panel.set_xticks(range(len(points)), ["whole", *(f"{row['tiles']} x {row['tiles']}" for row in points[1:])])
     panel.set_xlabel("tiles, shuffled", fontsize=13)

@@ -52,6 +52,8 @@ class CommandParser(ArgumentParser):
         )
         if stray := re.search(r"unrecognized arguments: (?P<word>[^-\s]\S*)", message):
             return f"{stray['word']} belongs to no option: a pattern such as 'train-*.tar' needs quotes"
+        if missing := re.search(r'Parser key "config": .*?File does not exist: \'(?P<path>[^\']*)\'', message):
+            return f"--config {missing['path']}: there is no such file"
         if wrong := re.search(r'Parser key "(?P<key>[\w.]+)": .*?(?:Got|Given) value: (?P<value>\S+)', message):
             kinds = dict.fromkeys(re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal(\[.*?\]))", message))
             wanted = [

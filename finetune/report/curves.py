@@ -75,15 +75,24 @@ def probe_plot(runs: Sequence[Run]) -> go.Figure | None:
     for color, run in zip(itertools.cycle(COLORS), runs, strict=False):
         probes = run.result.get("all_probes")
         probes = [x for x in probes if isinstance(x, dict)] if isinstance(probes, list) else []
-        for dash, pool in zip(DASHES, dict.fromkeys(str(probe.get("pool")) for probe in probes), strict=False):
-            rows = [(finite(x.get("base_lr")), finite(x.get("val_top1"))) for x in probes if str(x.get("pool")) == pool]
+        kinds = dict.fromkeys(map(_kind_of_probe, probes))
+        for dash, kind in zip(itertools.cycle(DASHES), kinds, strict=False):
+            if len(runs) == 1:
+                color = COLORS[list(kinds).index(kind) % len(COLORS)]
+            mine = [x for x in probes if _kind_of_probe(x) == kind]
+            rows = [(finite(x.get("base_lr")), finite(x.get("val_top1"))) for x in mine]
             rows = sorted((rate, top1) for rate, top1 in rows if rate is not None and top1 is not None)
-            name = f"{run.name} · {pool}"
+            name = f"{run.name} · {kind}"
             figure.add_trace(_line(name, [x for x, _ in rows], [y for _, y in rows], color, dash, " %"))
     if not figure.data:
         return None
     _dress(figure, "base_lr", "log", [_buttons("yaxis.type", {"linear": "linear", "log": "log"}, 0)])
     return figure
+
+
+def _kind_of_probe(probe: dict[str, Any]) -> str:
+    """Returns what a linear probe looks at: the features, and whether batch norm stands before them."""
+    return f"{probe.get('input')}{' with batch norm' * (probe.get('batch_norm') is True)}"
 
 
 def _curve(run: Run, name: str) -> Curve | None:
