@@ -186,7 +186,8 @@ def _hooks(
             average_facts = facts | told | {"ema_decay": config.ema_decay}
             export_weights(run_dir / CLASSIFIER_EMA_FILE, whole.average.classifier, spec, average_facts)
         if progress["step"] == total_steps:
-            export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=names)
+            title, crop_pct = f"{spec.name}, fine-tuned", crop.crop_pct
+            export_hub(run_dir / "hub", classifier, spec, title=title, facts=facts, labels=names, crop_pct=crop_pct)
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps

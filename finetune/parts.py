@@ -169,6 +169,7 @@ def compute_parts(
         done += len(batch.images)
         if stop == parts.num_images or stop % parts.block == 0:
             tensors = {name: torch.cat([x[name] for x in collected]).cpu() for name in collected[0]}
+            _refuse_beyond_float16(tensors, [image - start for image in unreadable])
             parts.write(Part((stop - 1) // parts.block * parts.block, tensors, unreadable))
             collected, unreadable = [], {}
         if accelerator.is_main_process and (now_s := time.monotonic()) - said_s > SAID_EVERY_S:
