@@ -1,4 +1,4 @@
-"""Logistic regression of few features, to its minimum."""
+"""Logistic regression of few features, near enough to its minimum that predictions are those there."""
 
 from typing import NamedTuple
 

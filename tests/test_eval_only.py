@@ -122,7 +122,7 @@ def test_the_best_classifier_is_the_better_of_weights_and_average(finetuned):
 def test_a_classifier_of_a_run_is_evaluated_alike_by_one_and_two_processes(
     nursery, shards, finetuned, tmp_path, init, which, processes
 ):
-    given = {"eval_only": "true", "init": str(finetuned / init), "data.val": shards[1], "data.crop_pct": "1"}
+    given = {"eval_only": "true", "init": str(finetuned / init), "data.val": shards[1]}  # the crop is the run's
     given |= {"precision": "no", "num_workers": "0", "batch_size": "8"}
     run_dir = tmp_path / "run"
     (rank, *_) = run(nursery, given | {"run_dir": str(run_dir)}, processes=processes)
@@ -148,6 +148,13 @@ def test_a_pickled_classifier_is_evaluated_at_another_size(nursery, shards, fine
     )
     assert result(tmp_path / "larger")["img_size"] == [16, 228]
     assert "positions resized from 4 x 4 to 4 x 57" in rank.said() and "--data.crop_pct 1" in rank.said()
+
+
+def test_channels_and_crop_are_those_of_the_classifier(shards, tmp_path):
+    path, _ = classifier(tmp_path, "vit_tiny_patch16_224", VIT | {"in_chans": 1})
+    given = {"eval_only": "true", "init": str(path), "data.val": shards[1], "num_workers": "0", "precision": "no"}
+    finetune(parse_config(FinetuneConfig, "", arguments(given | {"run_dir": str(tmp_path / "run")})))
+    assert result(tmp_path / "run")["val_images"] == 21 and result(tmp_path / "run")["crop_pct"] == 0.875
 
 
 def test_mistakes_get_one_sentence(shards, pretrained, finetuned, tmp_path, capsys):
