@@ -167,7 +167,9 @@ def compute_parts(
     loader = build_loader(samples, spans, num_workers=num_workers, fetching=fetching)
     too_large: list[str] = []
     batches = until_stopped(loader, signals, accelerator, failed=lambda: bool(too_large))
-    for (_, stop), batch in zip(spans, batches, strict=False):  # fewer batches when one of the processes failed
+    # Batches come first: a process with fewer of them answers the others until all are done. And there are fewer than
+    # spans when a process failed.
+    for batch, (_, stop) in zip(batches, spans, strict=False):
         with accelerator.autocast():
             collected.append(compute(batch.images.to(accelerator.device, non_blocking=True)))
         unreadable |= {int(bad.key): bad.reason for bad in batch.bad}
@@ -191,8 +193,8 @@ def beyond_float16(part: Part) -> list[str]:
     """Returns the names of float16 tensors that hold something not finite of an image that could be read."""
     found = []
     for name, x in part.tensors.items():
-        finite = torch.isfinite(x).flatten(1).all(dim=1)
-        finite[[image - part.start for image in part.unreadable]] = True
-        if x.dtype == torch.float16 and not finite.all():
-            found.append(name)
+        if x.dtype == torch.float16:
+            finite = torch.isfinite(x).all(dim=1)
+            finite[[image - part.start for image in part.unreadable]] = True
+            found += [] if finite.all() else [name]
     return found
