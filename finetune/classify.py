@@ -1,6 +1,7 @@
 """The fine-tuning stage: a classifier on top of an encoder, trained by the same loop as pretraining."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from quarterlight.ssl.augment import CenterCrop, Normalize, random_crop
 from quarterlight.ssl.batches import Batch, refuse_unlabelled
 from quarterlight.ssl.checkpoint import state_folders
-from quarterlight.ssl.config import steps_in
+from quarterlight.ssl.config import DataConfig, steps_in
 from quarterlight.ssl.engine import train
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import (
@@ -41,7 +42,7 @@ from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .config import FinetuneConfig
 from .confusion import named_classes, write_evaluation
-from .duplicates import describe_shared, shared_images
+from .duplicates import warn_of_shared
 from .eval_only import evaluate_only
 from .evaluate import outcomes
 from .heads import build_classifier, layer_decay_groups
@@ -79,6 +80,8 @@ def finetune(config: FinetuneConfig) -> Figures:
         return evaluate_only(config)
     if config.data.train is None:
         raise InputError("data.train is not given: name the shards to train on, or evaluate only with --eval_only")
+    if config.data.crop_pct is None:
+        config = replace(config, data=replace(config.data, crop_pct=DataConfig.crop_pct))
     opened = open_stage(config, config.init, untrained=config.untrained)
     accelerator, run_dir = opened.accelerator, opened.run_dir
     if opened.val is None:
@@ -101,8 +104,7 @@ def finetune(config: FinetuneConfig) -> Figures:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
         if not state_folders(run_dir):  # what a run that never saved a state has left is of other weights
             (run_dir / BEST_FILE).unlink(missing_ok=True)
-            if config.check_duplicates and (twins := shared_images(opened.train, ids, opened.val)):
-                print(describe_shared(opened.train, opened.val, twins), flush=True)
+        warn_of_shared(opened.train, ids, opened.val, wanted=config.check_duplicates and not state_folders(run_dir))
         print(f"{report}\n{len(ids)} images of {task.classifier.num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
     hooks = _hooks(config, opened, opened.val, whole, spec, micro, total_steps, len(order))
@@ -186,7 +188,8 @@ def _hooks(
             average_facts = facts | told | {"ema_decay": config.ema_decay}
             export_weights(run_dir / CLASSIFIER_EMA_FILE, whole.average.classifier, spec, average_facts)
         if progress["step"] == total_steps:
-            export_hub(run_dir / "hub", classifier, spec, title=f"{spec.name}, fine-tuned", facts=facts, labels=names)
+            title, crop_pct = f"{spec.name}, fine-tuned", crop.crop_pct
+            export_hub(run_dir / "hub", classifier, spec, title=title, facts=facts, labels=names, crop_pct=crop_pct)
 
     an_epoch = -(-train_images // config.batch_size)
     every = an_epoch if config.evaluate_every_steps is None else config.evaluate_every_steps

@@ -43,6 +43,9 @@ class FinetuneDataConfig(DataConfig):
     train: str | list[str] | None = None  # type: ignore[assignment]  # checked where it is used
     """Shards to train on: a tar, a glob ('shards/train-*.tar'), braces ('train-{00..09}.tar'), several of these joined
     by '::' or in a list; on a local disk or at https://, s3://, gs:// or hf://. Not needed with eval_only."""
+    crop_pct: float | None = None  # type: ignore[assignment]  # 0.875 in training
+    """For evaluation: side of the center crop / shorter side of the resized image. null: 0.875, and with eval_only what
+    --init was evaluated with (the config.yaml of its run, its config.json, or timm's)."""
     balanced: bool = False
     """Show every class equally often: an epoch is as long as before, with small classes several times in it."""
 
@@ -114,6 +117,8 @@ class LinearProbeConfig(RunConfig):
     """Share of data.train that chooses among the classifiers; data.val is only reported on."""
     neighbors: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of nearest neighbors that vote."""
+    check_duplicates: bool = True
+    """Warn when an image of data.val is in data.train as well, byte for byte (local shards)."""
     temperature: float = 0.07
     """A neighbor's vote weighs exp(cosine similarity / temperature)."""
     stall_timeout_s: float = 900.0

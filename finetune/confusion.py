@@ -27,15 +27,15 @@ def write_evaluation(run_dir: Path, outcomes: Outcomes, names: Sequence[str], *,
 
     `names` are those of all classes, in label order. Rows of the matrix are labels, columns are predictions.
     """
-    matrix = confusion_matrix(outcomes, len(names))
-    write_text(run_dir / f"per_class{which}.csv", _csv(_per_class(matrix, names)))
+    write_text(run_dir / f"per_class{which}.csv", _csv(_per_class(outcomes, names)))
     if len(names) <= MOST_CLASSES:
+        matrix = confusion_matrix(outcomes, len(names))
         rows = [
             ["label \\ predicted", *names],
             *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True)),
         ]
         write_text(run_dir / f"confusion{which}.csv", _csv(rows))
-    figure = draw(matrix, names)
+    figure = draw(outcomes, names)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font has not: boxes in its place
         save = partial(figure.savefig, format="png", bbox_inches="tight")
@@ -47,15 +47,25 @@ def named_classes(names: Sequence[str] | None, num_classes: int) -> list[str]:
     return list(names) if names is not None and len(names) == num_classes else [str(i) for i in range(num_classes)]
 
 
-def confusion_matrix(outcomes: Outcomes, num_classes: int) -> Int[np.ndarray, "C C"]:
-    """Returns how many images of each class (rows) were taken for each class (columns), as scikit-learn counts."""
-    cells = np.bincount(outcomes.labels * num_classes + outcomes.predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
+def confusion_matrix(outcomes: Outcomes, num_classes: int, *, block: int = 1) -> Int[np.ndarray, "B B"]:
+    """Returns how many images of each class (rows) were taken for each class (columns), as scikit-learn counts.
+
+    Classes stand together in blocks of `block`, so that the matrix of very many is no larger than that of a hundred.
+    """
+    side = -(-num_classes // block)
+    cells = np.bincount(outcomes.labels // block * side + outcomes.predicted // block, minlength=side**2)
+    return cells.reshape(side, side)
 
 
-def _per_class(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> list[list[Any]]:
+def _counts(outcomes: Outcomes, num_classes: int) -> tuple[Int[np.ndarray, " C"], ...]:
+    """Returns by class the images, the predictions, and the images that are predicted right."""
+    of = (outcomes.labels, outcomes.predicted, outcomes.labels[outcomes.correct])
+    return tuple(np.bincount(numbers, minlength=num_classes) for numbers in of)
+
+
+def _per_class(outcomes: Outcomes, names: Sequence[str]) -> list[list[Any]]:
     """Returns a row for each class; shares are in percent, and empty where there is nothing to divide by."""
-    images, predictions, correct = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
+    images, predictions, correct = _counts(outcomes, len(names))
     rows: list[list[Any]] = [["label", "class", "images", "top1", "predictions", "precision"]]
     for label, name in enumerate(names):
         top1, precision = (
@@ -71,7 +81,7 @@ def _csv(rows: list[list[Any]]) -> str:
     return text.getvalue()
 
 
-def draw(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> Any:
+def draw(outcomes: Outcomes, names: Sequence[str]) -> Any:
     """Returns a matplotlib figure: each row in percent of its images, and beside it what is mistaken most often.
 
     In cividis, which looks alike with and without color blindness; colors change with the root of the share, or rare
@@ -81,8 +91,7 @@ def draw(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> Any:
     from matplotlib.figure import Figure
 
     count, block = len(names), -(-len(names) // MOST_ROWS)
-    starts = np.arange(0, count, block)
-    cells = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+    cells = confusion_matrix(outcomes, count, block=block)
     shares = 100 * cells / cells.sum(axis=1, keepdims=True).clip(1)
     short = [_shown(name, 18) for name in names]
     side = min(max(0.45 * count, 4.0), 12.0)  # inches of the matrix
@@ -100,28 +109,28 @@ def draw(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> Any:
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=8)
     of_what = "" if block == 1 else f", in blocks of {block} classes"
     axes.set(xlabel=f"predicted{of_what}", ylabel=f"label{of_what}")
-    images = int(matrix.sum())
-    axes.set_title(f"{100 * matrix.trace() / max(1, images):.2f} % of {images} images correct")
+    images = len(outcomes.labels)
+    axes.set_title(f"{100 * int(outcomes.correct.sum()) / max(1, images):.2f} % of {images} images correct")
     figure.colorbar(picture, ax=axes, label="% of the label's images", shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
     text.axis("off")
-    text.text(0, 1, _mistakes(matrix, short), va="top", fontsize=8, transform=text.transAxes, parse_math=False)
+    text.text(0, 1, _mistakes(outcomes, short), va="top", fontsize=8, transform=text.transAxes, parse_math=False)
     if count > NAMED_CLASSES:
-        of_class, curve = matrix.sum(axis=1), figure.add_subplot(grid[1, 1])
-        curve.plot(np.sort(100 * matrix.diagonal()[of_class > 0] / of_class[of_class > 0]))
+        (of_class, _, right), curve = _counts(outcomes, count), figure.add_subplot(grid[1, 1])
+        curve.plot(np.sort(100 * right[of_class > 0] / of_class[of_class > 0]))
         curve.set(xlabel="classes, sorted", ylabel="top-1, %", ylim=(0, 100))
     return figure
 
 
-def _mistakes(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> str:
+def _mistakes(outcomes: Outcomes, names: Sequence[str]) -> str:
     """Returns the most frequent confusions and the classes that are found least often, a line each."""
-    wrong = matrix * (1 - np.eye(len(names), dtype=matrix.dtype))
-    pairs = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS_SHOWN]
+    images, _, correct = _counts(outcomes, len(names))
+    labels, predicted = (x[~outcomes.correct] for x in (outcomes.labels, outcomes.predicted))
+    pairs, times = np.unique(labels * len(names) + predicted, return_counts=True)
     lines = ["most frequent mistakes", ""]
-    for row, column in zip(*np.unravel_index(pairs, matrix.shape), strict=True):
-        if wrong[row, column]:
-            lines.append(f"{wrong[row, column]} of {matrix[row].sum()}  {names[row]} as {names[column]}")
-    images = matrix.sum(axis=1)
-    top1 = np.where(images > 0, matrix.diagonal() / images.clip(1), np.inf)
+    for i in np.argsort(-times, kind="stable")[:PAIRS_SHOWN]:
+        row, column = divmod(int(pairs[i]), len(names))
+        lines.append(f"{times[i]} of {images[row]}  {names[row]} as {names[column]}")
+    top1 = np.where(images > 0, correct / images.clip(1), np.inf)
     lines += ["", "classes found least often", ""]
     for label in np.argsort(top1, kind="stable")[:PAIRS_SHOWN]:
         if images[label]:

@@ -109,7 +109,7 @@ class Damage:
             return self.classifier(shuffle_tiles(images, condition.tiles, seed=self.seed, positions=positions))
         is_dropped = ranks[condition.kind] < condition.dropped
         if condition.how == LEFT_OUT:
-            return leave_out(self.encoder, self.classifier, images, is_dropped, self.patch)
+            return leave_out(self.encoder, self.classifier, images, is_dropped, self.patch, condition.dropped)
         return self.classifier(drop_patches(images, is_dropped, self.patch, self.fill))
 
 

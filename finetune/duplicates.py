@@ -56,6 +56,12 @@ def describe_shared(train: ShardIndex, val: ShardIndex, found: dict[int, int]) -
     )
 
 
+def warn_of_shared(train: ShardIndex, train_ids: Int[np.ndarray, " n"], val: ShardIndex, *, wanted: bool) -> None:
+    """Prints a warning when images of `val` are among these of `train` as well; looks only where that is `wanted`."""
+    if wanted and (found := shared_images(train, train_ids, val)):
+        print(describe_shared(train, val, found), flush=True)
+
+
 def _name(index: ShardIndex, sample: int) -> str:
     return printable(f"{index.key(sample)} in {os.path.basename(shown(index.paths[int(index.shard[sample])]))}")
 

@@ -1,6 +1,7 @@
 """A classifier as it is, measured as papers do: one central crop of every image of data.val."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -13,8 +14,10 @@ from quarterlight.ssl.index import ShardIndex, class_names, refuse_damage
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.patches import pair
-from quarterlight.ssl.released import Weights
+from quarterlight.ssl.processes import until_stopped
+from quarterlight.ssl.released import Weights, read_weights
 from quarterlight.ssl.runs import write_result, write_run_files
+from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import open_stage
 from quarterlight.ssl.task import Figures
@@ -23,6 +26,8 @@ from .config import FinetuneConfig
 from .confusion import named_classes, write_evaluation
 from .evaluate import outcomes
 from .heads import load_classifier
+from .network import own_crop_pct
+from .stopping import stoppable
 
 USUAL_SIDE = 224  # pixels, above which papers show the whole shorter side
 
@@ -35,6 +40,7 @@ def evaluate_only(config: FinetuneConfig) -> Figures:
     if config.data.val is None or config.init in (None, "none"):
         missing = "data.val" if config.data.val is None else "init"
         raise InputError(f"{missing} is not given: eval_only evaluates the classifier that init names on data.val")
+    config = as_the_weights_say(config)
     # The shards to evaluate on stand where a stage opens those to train on: there are no others.
     data = dataclasses.replace(config.data, train=config.data.val, val=None, train_weights=None)
     opened = open_stage(dataclasses.replace(config, data=data), config.init)
@@ -66,7 +72,14 @@ def evaluate_only(config: FinetuneConfig) -> Figures:
     samples = opened.samples(val, FileOrder(np.arange(len(val))), CenterCrop(size, config.data.crop_pct))
     loader = build_loader(samples, spans, num_workers=config.num_workers, fetching=opened.fetching)
     normalize = Normalize(spec.mean, spec.std).to(accelerator.device)
-    (found,) = outcomes([nn.Sequential(normalize, classifier)], loader, accelerator)
+
+    def leave(signals: StopSignals) -> None:
+        write_result(opened.run_dir, "finetune", finished=False, preempted=True, signal=signals.received)
+        print("stopped: the same command begins again", flush=True)
+
+    with stoppable(accelerator, leave, config.stall_timeout_s) as signals:
+        batches = until_stopped(loader, signals, accelerator)
+        (found,) = outcomes([nn.Sequential(normalize, classifier)], batches, accelerator)
     figures = {f"val_{name}": value for name, value in found.figures().items()}
     if accelerator.is_main_process:
         names = named_classes(weights.class_names or class_names(val), classifier.num_classes)
@@ -76,6 +89,15 @@ def evaluate_only(config: FinetuneConfig) -> Figures:
         print("\n".join(_table(figures)) + f"\nby class: {opened.run_dir / 'per_class.csv'}", flush=True)
     accelerator.end_training()
     return figures
+
+
+def as_the_weights_say(config: FinetuneConfig) -> FinetuneConfig:
+    """Returns the settings with the crop that `init` was evaluated with, unless one is given, and its channels."""
+    init, data = str(config.init), config.data
+    known = read_weights(init).spec
+    chans: Any = config.encoder.args.get("in_chans", data.in_chans if known is None else known.args.get("in_chans", 3))
+    crop_pct = own_crop_pct(init) if data.crop_pct is None else data.crop_pct
+    return dataclasses.replace(config, data=dataclasses.replace(data, crop_pct=crop_pct, in_chans=chans))
 
 
 def _advice(config: FinetuneConfig, size: tuple[int, int], val: ShardIndex, weights: Weights) -> list[str]:

@@ -26,7 +26,7 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.fetching import Fetching
 from quarterlight.ssl.files import remove_leftovers, replace_file, write_tensors
 from quarterlight.ssl.loader import build_loader
-from quarterlight.ssl.pooling import Features, pooled, pooled_layers
+from quarterlight.ssl.pooling import LAST, Features, pooled, pooled_layers
 from quarterlight.ssl.processes import from_main, until_stopped
 from quarterlight.ssl.released import encoder_with_weights
 from quarterlight.ssl.signals import StopSignals
@@ -127,6 +127,14 @@ def extract(
     return table.load(), table.labels()
 
 
+def feature_names(encoder: Encoder, *, layers: bool = True) -> list[str]:
+    """Returns the names of the features that `extract_table` will find, before anything is computed."""
+    model: Any = encoder.timm
+    names = ["avg"] if getattr(model, "cls_token", None) is None else ["avg", "token"]
+    depth = len(model.blocks if hasattr(model, "blocks") else model.layers)
+    return names + [f"last{i}" for i in range(2, min(LAST, depth) + 1) if layers]
+
+
 @torch.no_grad()
 def extract_table(
     encoder: Encoder,
@@ -147,8 +155,8 @@ def extract_table(
     With `layers` earlier layers too (`pooled_layers`). They are kept below `cache` under a hash of weights, samples and
     crop, and read from there the next time. `batch_size` is that of one process.
 
-    Raises InputError when an image cannot be read or a feature is beyond float16, and Stopped, on all processes, when
-    one of them got a signal; the chunks that are finished stay.
+    Raises InputError when an image cannot be read or a feature is not finite, and Stopped, on all processes, when one
+    of them got a signal; the chunks that are finished stay.
     """
     folder = cache / _hash(encoder, normalize, samples, f"{layers} {dtype}")
     chunks = _chunks(len(samples.order))
@@ -159,10 +167,11 @@ def extract_table(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     spans = ChunkSpans(missing, batch_size=batch_size, rank=rank, world_size=world_size)
     loader = build_loader(samples, spans, num_workers=num_workers, fetching=fetching)
-    batches = until_stopped(loader, StopSignals() if signals is None else signals, accelerator) if missing else iter(())
     writer = _ChunkWriter(folder, spans.mine)
     bad: list[BadSample] = []
-    for batch in batches:
+    signals = StopSignals() if signals is None else signals
+    batches = until_stopped(loader, signals, accelerator, failed=lambda: bool(bad or writer.not_finite))
+    for batch in batches if missing else ():
         bad += batch.bad
         with accelerator.autocast():
             images = normalize(batch.images.to(accelerator.device, non_blocking=True))
@@ -170,8 +179,13 @@ def extract_table(
         tensors = {name: x.to(getattr(torch, dtype)).cpu() for name, x in found.items()}
         writer.add(tensors | {"labels": batch.labels}, keep=not bad)
     refuse_bad(gather_object(bad))
-    if too_large := gather_object(writer.too_large):
-        raise InputError(f"feature_dtype float16: {too_large[0]} goes beyond its range (65504): use float32")
+    if wrong := gather_object(writer.not_finite):
+        if dtype == "float16" and not any(is_nan for _, is_nan in wrong):
+            raise InputError(f"feature_dtype float16: {wrong[0][0]} goes beyond its range (65504): use float32")
+        raise InputError(
+            f"{wrong[0][0]} is not finite: these weights have diverged, or precision fp16 overflows: use --precision "
+            "bf16 or no"
+        )
     accelerator.wait_for_everyone()
     if absent := [path for path in paths if not path.is_file()]:
         raise InputError(f"{absent[0]}: is not there, though it was written: all machines must see the same run_dir")
@@ -183,7 +197,7 @@ class _ChunkWriter:
 
     def __init__(self, folder: Path, chunks: list[tuple[int, int]]) -> None:
         self.folder, self.chunks = folder, iter(chunks)
-        self.too_large: list[str] = []  # features with values beyond float16
+        self.not_finite: list[tuple[str, bool]] = []  # features with such values, and whether there are NaNs
         self._begin()
 
     def _begin(self) -> None:
@@ -196,8 +210,9 @@ class _ChunkWriter:
         if sum(len(part["labels"]) for part in self.parts) < last - first:
             return
         whole = {name: torch.cat([part[name] for part in self.parts]) for name in tensors}
-        self.too_large += [name for name, x in whole.items() if not torch.isfinite(x).all()]
-        if keep and not self.too_large:
+        wrong = [(name, x) for name, x in whole.items() if not torch.isfinite(x).all()]
+        self.not_finite += [(name, bool(x.isnan().any())) for name, x in wrong]
+        if keep and not self.not_finite:
             path = self.folder / _chunk_name(first, last)
             replace_file(path, lambda partial: write_tensors(partial, whole))
         self._begin()

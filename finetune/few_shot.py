@@ -16,6 +16,7 @@ import yaml
 from accelerate.utils import gather_object
 
 from quarterlight.ssl.augment import CenterCrop
+from quarterlight.ssl.config import DataConfig
 from quarterlight.ssl.errors import InputError, Stopped
 from quarterlight.ssl.files import write_text
 from quarterlight.ssl.index import ShardIndex, refuse_damage
@@ -26,7 +27,8 @@ from quarterlight.ssl.stage import Opened, open_stage
 from quarterlight.ssl.watch import Watch
 
 from .classify import classes_of
-from .features import extract_table, open_encoder
+from .duplicates import warn_of_shared
+from .features import extract_table, feature_names, open_encoder
 from .linear_probe import pausing
 from .logistic import fit_logistic
 from .probe_config import FewShotConfig
@@ -62,6 +64,8 @@ def few_shot(config: FewShotConfig, finetune_script: Path) -> list[Score]:
         labelled_subset(opened.train.label, shots, config.seed)  # refuses what a class does not have
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes)
+        drawn = [labelled_subset(opened.train.label, *draw) for draw in _draws(config)]
+        warn_of_shared(opened.train, np.unique(np.concatenate(drawn)), opened.val, wanted=config.check_duplicates)
     scores: list[Score] = []
     with StopSignals() as signals:
         try:
@@ -94,6 +98,9 @@ def _linear(config: FewShotConfig, opened: Opened, val: ShardIndex, signals: Sto
     """Returns the scores of logistic regression; processes share the images, and then the draws."""
     accelerator, train = opened.accelerator, opened.train
     frozen = open_encoder(opened)
+    wanted, known = config.input or "avg", inputs_of(feature_names(frozen.encoder, layers=False))
+    if wanted not in known:
+        raise InputError(f"input {wanted}: this encoder has only {', '.join(known)}")
     if accelerator.is_main_process:
         print(frozen.report, flush=True)
     chosen = {draw: labelled_subset(train.label, *draw) for draw in _draws(config)}
@@ -106,9 +113,6 @@ def _linear(config: FewShotConfig, opened: Opened, val: ShardIndex, signals: Sto
         samples, cache = opened.samples(index, FileOrder(ids), crop), opened.run_dir / "features"
         given = {"fetching": opened.fetching, "signals": signals}
         tables.append(extract_table(frozen.encoder, frozen.normalize, samples, accelerator, cache, **loading, **given))
-    wanted = config.input or "avg"
-    if wanted not in (known := inputs_of(tables[0].names)):
-        raise InputError(f"input {wanted}: this encoder has only {', '.join(known)}")
     x, y = (
         torch.cat([table.load([name])[name] for name in known[wanted]], dim=1).to(accelerator.device)
         for table in tables
@@ -167,9 +171,13 @@ def _words(config: FewShotConfig, shots: int, seed: int) -> list[str]:
     """Returns the command line of one fine-tuning, without its folder: the files, and what this command was given."""
     given: dict[str, Any] = {"data.samples_per_class": shots, "seed": seed, "precision": config.precision}
     given |= {"init": config.init, "untrained": config.untrained, "num_workers": config.num_workers}
+    given |= {"check_duplicates": False}  # the warning has been given
+    given |= {"allow_partial": True} if config.allow_partial else {}
     of_data, of_encoder = plain(config.data), plain(config.encoder)
     names = ("train", "val", "in_chans", "img_size", "mean", "std", "cache_dir")
     given |= {f"data.{name}": of_data[name] for name in names if of_data[name] is not None}
+    usual = plain(DataConfig(train=""))  # what was not changed here is left to the files
+    given |= {f"data.{x}": of_data[x] for x in ("crop_pct", "cache_gb", "max_bad_share") if of_data[x] != usual[x]}
     given |= {f"encoder.{name}": value for name, value in of_encoder.items() if value}
     words = [word for name in config.finetune_config for word in ("--config", name)]
     for name, value in given.items():

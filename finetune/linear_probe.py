@@ -21,13 +21,15 @@ from quarterlight.ssl.randoms import hashes
 from quarterlight.ssl.runs import write_result, write_run_files
 from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.stage import Opened, open_stage
-from quarterlight.ssl.watch import Watch, alive
+from quarterlight.ssl.watch import alive
 
 from .classify import classes_of
 from .config import LinearProbeConfig
-from .features import FeatureTable, FrozenEncoder, extract_table, open_encoder
+from .duplicates import warn_of_shared
+from .features import FeatureTable, FrozenEncoder, extract_table, feature_names, open_encoder
 from .intervals import wilson
 from .probe_grid import Columns, View, grid_accuracy, inputs_of, train_grids
+from .stopping import stoppable
 
 Labelled = tuple[Features, Int[Tensor, " _"]]  # features and class numbers of images
 
@@ -54,23 +56,22 @@ def linear_probe(config: LinearProbeConfig) -> dict[str, Any]:
         raise InputError("data.val is not given: a probe is evaluated on shards of its own")
     num_classes = classes_of(opened.train, opened.val, None)
     frozen = open_encoder(opened)
+    ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
+    _views_of(feature_names(frozen.encoder), config)  # both refuse what would be refused behind the extraction only
+    _held_out(len(ids), config)
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes)
         print(frozen.report, flush=True)
-    ids = labelled_subset(opened.train.label, config.data.samples_per_class, config.seed)
+        warn_of_shared(opened.train, ids, opened.val, wanted=config.check_duplicates)
     sets = ((opened.train, ids), (opened.val, np.arange(len(opened.val))))
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    with StopSignals() as signals, Watch(rank, world_size, config.stall_timeout_s, lambda: "") as watch:
-        try:
-            with watch.during("evaluating"):
-                train, val = (_table(opened, frozen, config, *which, signals) for which in sets)
-                pause = pausing(signals, accelerator)
-                found = probe_tables(train, val, num_classes, config, accelerator, pause)
-        except Stopped:
-            if accelerator.is_main_process:
-                write_result(run_dir, "linear_probe", finished=False, preempted=True, signal=signals.received)
-                print(f"stopped: {run_dir / 'features'} keeps what is computed, the same command goes on", flush=True)
-            raise
+
+    def leave(signals: StopSignals) -> None:
+        write_result(run_dir, "linear_probe", finished=False, preempted=True, signal=signals.received)
+        print(f"stopped: {run_dir / 'features'} keeps what is computed, the same command goes on", flush=True)
+
+    with stoppable(accelerator, leave, config.stall_timeout_s) as signals:
+        train, val = (_table(opened, frozen, config, *which, signals) for which in sets)
+        found = probe_tables(train, val, num_classes, config, accelerator, pausing(signals, accelerator))
     if accelerator.is_main_process:
         write_result(run_dir, "linear_probe", finished=True, encoder=frozen.report, **found)
         print(_printed(found, run_dir), flush=True)

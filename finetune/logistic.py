@@ -1,4 +1,4 @@
-"""Logistic regression of few features, to its minimum."""
+"""Logistic regression of few features, near enough to its minimum that predictions are those there."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from quarterlight.ssl.watch import alive
 
 MOST_STEPS = 2000
 
@@ -36,11 +38,12 @@ def fit_logistic(
     weight = torch.zeros(x.shape[1], num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
     given = {"max_iter": MOST_STEPS, "max_eval": 2 * MOST_STEPS, "history_size": 20, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([weight, bias], tolerance_grad=1e-8, tolerance_change=1e-14, **given)
+    optimizer = torch.optim.LBFGS([weight, bias], tolerance_grad=1e-6, tolerance_change=1e-10, **given)
     absent = torch.ones(num_classes, dtype=torch.bool, device=x.device)
     absent[labels] = False
 
     def loss() -> Tensor:
+        alive()
         optimizer.zero_grad()
         logits = (x @ weight + bias).masked_fill(absent, -torch.inf)
         value = F.cross_entropy(logits, labels) + weight.square().sum() / (2 * c * len(x))

@@ -36,17 +36,22 @@ def drop_patches(
 
 
 def leave_out(
-    encoder: Encoder, classifier: Any, images: Float[Tensor, "B C H W"], is_dropped: Bool[Tensor, "B N"], patch: int
+    encoder: Encoder,
+    classifier: Any,
+    images: Float[Tensor, "B C H W"],
+    is_dropped: Bool[Tensor, "B N"],
+    patch: int,
+    dropped: int,
 ) -> Float[Tensor, "B classes"]:
     """Returns the logits when the encoder sees the visible units only, as in pretraining.
 
-    `encoder` wraps `classifier`, and patches of `patch` pixels a side consist of whole units of it; every image must
-    have as many dropped.
+    `encoder` wraps `classifier`, and patches of `patch` pixels a side consist of whole units of it; every image has
+    `dropped` of them dropped (given, since to count them would wait for the device).
     """
     height, width = (side // patch for side in images.shape[2:])
     units = patch // encoder.unit_size
     is_masked = is_dropped.view(-1, height, width).repeat_interleave(units, 1).repeat_interleave(units, 2).flatten(1)
-    kept = encoder.num_units - int(is_masked[0].sum())
+    kept = encoder.num_units - dropped * units**2
     ids = is_masked.int().argsort(dim=1, stable=True)  # visible units first, in grid order
     tokens = encoder(images, Masking(ids[:, :kept].contiguous(), ids.argsort(dim=1), is_masked))
     if hasattr(classifier, "layers"):  # a Swin pools over height and width

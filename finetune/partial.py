@@ -54,7 +54,7 @@ def _learning(classifier: nn.Module, blocks: list[Any], first: int, *, half: boo
     found += blocks[first:]
     stages: Any = getattr(classifier, "layers", ())  # a Swin's
     for below, above in zip(stages, stages[1:], strict=False):
-        if any(below.blocks[-1] is block for block in blocks[first:]):
+        if any(below.blocks[-1] is block for block in blocks[first - half :]):
             found.append(above.downsample)
     if half:
         lower = blocks[first - 1]

@@ -20,7 +20,8 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.fetching import Fetching
 from quarterlight.ssl.files import remove_leftovers, replace_file, write_json, write_tensors
 from quarterlight.ssl.loader import build_loader
-from quarterlight.ssl.processes import from_main, on_all
+from quarterlight.ssl.processes import from_main, on_all, until_stopped
+from quarterlight.ssl.signals import StopSignals
 from quarterlight.ssl.spans import ChunkSpans, chunks_of
 
 from .inputs import InputSamples
@@ -146,10 +147,12 @@ def compute_parts(
     batch_size: int,
     num_workers: int,
     fetching: Fetching,
+    signals: StopSignals,
 ) -> None:
     """Computes what is missing, shared among the processes; all of them must call it.
 
-    Results stay on the device until their block is complete. Raises InputError for parts of another command.
+    Results stay on the device until their block is complete. Raises InputError for parts of another command and
+    for what float16 does not hold, and Stopped on all processes when one got a signal.
     """
     left = from_main(on_all(lambda: parts.open() if accelerator.is_main_process else []))
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -162,17 +165,36 @@ def compute_parts(
     started_s = said_s = time.monotonic()
     done = 0
     loader = build_loader(samples, spans, num_workers=num_workers, fetching=fetching)
-    for (_, stop), batch in zip(spans, loader, strict=True):
+    too_large: list[str] = []
+    batches = until_stopped(loader, signals, accelerator, failed=lambda: bool(too_large))
+    # Batches come first: a process with fewer of them answers the others until all are done. And there are fewer than
+    # spans when a process failed.
+    for batch, (_, stop) in zip(batches, spans, strict=False):
         with accelerator.autocast():
             collected.append(compute(batch.images.to(accelerator.device, non_blocking=True)))
         unreadable |= {int(bad.key): bad.reason for bad in batch.bad}
         done += len(batch.images)
         if stop == parts.num_images or stop % parts.block == 0:
             tensors = {name: torch.cat([x[name] for x in collected]).cpu() for name in collected[0]}
-            parts.write(Part((stop - 1) // parts.block * parts.block, tensors, unreadable))
+            part = Part((stop - 1) // parts.block * parts.block, tensors, unreadable)
             collected, unreadable = [], {}
+            if too_large := beyond_float16(part):
+                continue
+            parts.write(part)
         if accelerator.is_main_process and (now_s := time.monotonic()) - said_s > SAID_EVERY_S:
             said_s = now_s
             speed = done * world_size / (now_s - started_s)
             print(f"{done * world_size:,} of {len(left) * parts.block:,} images  {speed:.0f} images/s", flush=True)
-    gather_object([None])  # all parts are written
+    if names := gather_object(too_large):  # also waits until all parts are written
+        raise InputError(f"dtype float16: {names[0]} goes beyond its range (65504): use float32")
+
+
+def beyond_float16(part: Part) -> list[str]:
+    """Returns the names of float16 tensors that hold something not finite of an image that could be read."""
+    found = []
+    for name, x in part.tensors.items():
+        if x.dtype == torch.float16:
+            finite = torch.isfinite(x).all(dim=1)
+            finite[[image - part.start for image in part.unreadable]] = True
+            found += [] if finite.all() else [name]
+    return found

@@ -45,6 +45,8 @@ class TrainProbeConfig(StageConfig):
     """Images in one optimizer step over all processes and accumulation steps."""
     optim: ProbeOptimConfig = field(default_factory=ProbeOptimConfig)
     """The optimizer of a head, and its schedule."""
+    check_duplicates: bool = True
+    """Warn when an image of data.val is in data.train as well, byte for byte (local shards)."""
     evaluate_every_steps: int | None = None
     """Steps between two evaluations on data.val; null: once an epoch."""
 
@@ -69,6 +71,8 @@ class FewShotConfig(RunConfig):
     """Inverse strength of logistic regression's penalty, scikit-learn's C."""
     extract_batch_size: int = 256
     """Images in one forward pass of one process."""
+    check_duplicates: bool = True
+    """Warn when an image of data.val is in data.train as well, byte for byte (local shards)."""
     finetune_config: list[str] = field(default_factory=list)
     """YAML files with the options of launch/finetune.py, such as configs/finetune/cifar10_vit_tiny.yaml."""
     launcher: str = ""

@@ -17,14 +17,18 @@ from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.index import ShardIndex
 from quarterlight.ssl.loose_files import LooseFiles
 from quarterlight.ssl.processes import from_main, on_all
+from quarterlight.ssl.signals import StopSignals
 
 from .inputs import InputSamples, open_images
 from .network import hash_of, in_chans
 from .parts import Parts, compute_parts
+from .stopping import stoppable
 from .use_config import OutConfig
 
 Compute = Callable[[Float[Tensor, "B C H W"]], dict[str, Tensor]]  # from normalized images, a row for each
 Write = Callable[[ShardIndex, Parts, Path], None]  # of the whole file, to a path
+
+LEAST_IN_A_PART, PARTS = 256, 64  # images, and how many parts there are if that allows it
 
 
 class Network(NamedTuple):
@@ -60,13 +64,20 @@ def write_rows(
     if accelerator.is_main_process:
         print(f"{network.said}\n{len(index):,} images, crop_pct {network.crop.crop_pct:g}", flush=True)
     facts = {**options, **network.facts(), "inputs": index.fingerprint(), "precision": config.precision}
-    parts = Parts(out, len(index), config.part_images, facts)
+    parts = Parts(out, len(index), images_in_a_part(len(index), config.part_images), facts)
     normalize = Normalize(network.spec.mean, network.spec.std).to(accelerator.device)
     network.model.eval().to(accelerator.device)
     choose_attention(network.model, accelerator.device, config.precision)
     samples = InputSamples(index, network.crop, in_chans(network.spec))
     loading = {"batch_size": config.batch_size, "num_workers": config.num_workers}
-    compute_parts(parts, samples, lambda x: compute(normalize(x)), accelerator, **loading, fetching=fetching)
+
+    def leave(signals: StopSignals) -> None:
+        print(f"stopped by {signals.received or 'a signal'}: {parts.folder} keeps what is done, ", end="")
+        print("the same command goes on", flush=True)
+
+    with stoppable(accelerator, leave) as signals:
+        given = {**loading, "fetching": fetching, "signals": signals}
+        compute_parts(parts, samples, lambda x: compute(normalize(x)), accelerator, **given)
 
     def join() -> dict[int, str]:
         return parts.join(lambda done, partial: write(index, done, partial)) if accelerator.is_main_process else {}
@@ -77,6 +88,14 @@ def write_rows(
         print(f"done: {out}", flush=True)
     accelerator.end_training()
     return 1 if unreadable and config.strict else 0
+
+
+def images_in_a_part(images: int, most: int) -> int:
+    """Returns a 64th of the images, so that many processes have work, but at least 256 (or `most`) and at most `most`.
+
+    It depends on nothing else, so any number of processes goes on with the same parts.
+    """
+    return min(most, max(LEAST_IN_A_PART, -(-images // PARTS)))
 
 
 def _report(unreadable: dict[int, str], index: ShardIndex) -> None:

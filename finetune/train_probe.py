@@ -31,6 +31,7 @@ from quarterlight.ssl.stage import Opened, open_stage
 from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .classify import classes_of
+from .duplicates import warn_of_shared
 from .evaluate import evaluate
 from .features import digest_of, open_encoder
 from .frozen import FrozenClassifier, build_head, fold
@@ -97,6 +98,7 @@ def train_probe(config: TrainProbeConfig) -> Figures:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))
         if not state_folders(run_dir):  # what a run that never saved a state has left is of other weights
             (run_dir / CLASSIFIER_FILE).unlink(missing_ok=True)
+        warn_of_shared(opened.train, ids, opened.val, wanted=config.check_duplicates and not state_folders(run_dir))
         print(f"{frozen.report}\n{len(ids)} images of {num_classes} classes, ", end="")
         print(f"{total_steps} steps of {config.batch_size}", flush=True)
     hooks = _hooks(config, opened, opened.val, whole, built, micro, len(order))

@@ -59,7 +59,8 @@ class OutConfig(UseConfig):
     data: CropConfig = field(default_factory=CropConfig)
     """How images are made ready for the network."""
     part_images: int = 8192
-    """Images whose results are written together in OUT.parts; a command that was killed goes on behind them."""
+    """At most so many images have their results written together in OUT.parts (a 64th of all, if that is fewer, but
+    not below 256); a command that was killed goes on behind them."""
     strict: bool = False
     """End with status 1 when an image could not be read. The file is written all the same."""
 

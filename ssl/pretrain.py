@@ -132,7 +132,8 @@ def pretrain(config: PretrainConfig) -> Figures:
             export_weights(run_dir / ENCODER_EMA_FILE, average, spec, facts | {"ema_decay": config.ema_decay})
         if progress["step"] == total_steps:
             title = f"{spec.name}, pretrained as a masked autoencoder"
-            export_hub(run_dir / "hub", model, spec, title=title, facts=facts | progress["figures"])
+            told = {"facts": facts | progress["figures"], "crop_pct": config.data.crop_pct}
+            export_hub(run_dir / "hub", model, spec, title=title, **told)
 
     if accelerator.is_main_process:
         write_run_files(run_dir, config, processes=accelerator.num_processes, train_samples=len(ids))

@@ -103,14 +103,21 @@ def any_process(yes: bool, accelerator: Accelerator) -> bool:
     return bool(flag)
 
 
-def until_stopped(loader: Loader, signals: StopSignals, accelerator: Accelerator) -> Iterator[Batch]:
-    """Yields the batches of an evaluation. Raises Stopped on all processes alike when one of them got a signal."""
+def until_stopped(
+    loader: Loader, signals: StopSignals, accelerator: Accelerator, *, failed: Callable[[], bool] = lambda: False
+) -> Iterator[Batch]:
+    """Yields the batches of an evaluation; on all processes alike none any more when `failed()` on one of them.
+
+    Raises Stopped on all processes alike when one of them got a signal.
+    """
     batches = iter(loader)
     spans = [loader.spans.of_rank(rank) for rank in range(accelerator.num_processes)]
     for _ in range(max(map(len, spans))):  # a rank with a batch less answers all the same
         alive()
-        if any_process(signals.received is not None, accelerator):
-            raise Stopped("stopped in the middle of an evaluation")
+        if any_process(signals.received is not None or failed(), accelerator):
+            if any_process(signals.received is not None, accelerator):
+                raise Stopped("stopped in the middle of an evaluation")
+            return
         if (batch := next(batches, None)) is not None:
             yield batch
 

@@ -36,6 +36,11 @@ def test_the_matrix_is_scikit_learns():
         outcomes = judged(classes, images)
         wanted = by_sklearn(outcomes.labels, outcomes.predicted, labels=range(classes))
         assert np.array_equal(confusion_matrix(outcomes, classes), wanted)
+        for block in (2, 3):
+            of_blocks = by_sklearn(
+                outcomes.labels // block, outcomes.predicted // block, labels=range(-(-classes // block))
+            )
+            assert np.array_equal(confusion_matrix(outcomes, classes, block=block), of_blocks)
 
 
 def test_tables_hold_the_matrix_and_each_class_with_its_name(tmp_path: Path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from classifiers import SWIN, classifier, images, prepared
 from conftest import write_tars
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from quarterlight.finetune.embed import embed
 from quarterlight.finetune.embeddings import Embeddings
@@ -131,6 +132,17 @@ def test_what_is_wrong_is_named(encoder, folder, tmp_path, options, message):
     given = {"out": str(tmp_path / "e.safetensors"), "init": str(encoder[0])} | options
     with pytest.raises(InputError, match=message):
         embed([folder[0]], config(**given))
+
+
+def test_features_beyond_float16_are_refused(encoder, folder, tmp_path):
+    large = load_file(encoder[0])
+    large["norm.bias"] += 1e6
+    with safe_open(encoder[0], framework="pt") as file:
+        save_file(large, tmp_path / "large.safetensors", file.metadata())
+    given = config(tmp_path / "large.safetensors", tmp_path / "e.safetensors", dtype="float16")
+    with pytest.raises(InputError, match="dtype float16: features goes beyond its range.*use float32"):
+        embed([folder[0]], given)
+    assert not (tmp_path / "e.safetensors").exists() and not list(tmp_path.glob("*.parts/0*"))
 
 
 def test_a_swin_has_no_class_token(folder, tmp_path):

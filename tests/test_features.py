@@ -221,6 +221,22 @@ def test_half_precision_halves_the_cache_and_is_refused_where_it_does_not_hold_a
         extract_table(large, NORMALIZE, samples(shards), accelerator, tmp_path / "b", dtype="float16", **given)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_features_that_are_not_finite_are_refused_at_once(
+    shards: str, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+):
+    for size in ("LEAST_CHUNK", "MOST_CHUNK"):
+        monkeypatch.setattr(features_module, size, 3)
+    broken, calls = copy.deepcopy(encoder()), []
+    broken.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        broken.timm.norm.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="is not finite: these weights have diverged.*--precision bf16 or no"):
+        given = {"batch_size": 3, "num_workers": 0, "dtype": dtype}
+        extract_table(broken, NORMALIZE, samples(shards), accelerator, tmp_path, **given)
+    assert len(calls) == 1  # not the four other chunks
+
+
 def test_a_stopped_extraction_keeps_its_chunks_and_any_number_of_processes_goes_on(
     shards: str, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

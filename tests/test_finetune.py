@@ -69,6 +69,7 @@ def test_the_classifier_loads_strictly_into_timm_with_its_classes(finetuned):
     hub = timm.create_model(f"local-dir:{finetuned / 'hub'}", pretrained=True)
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(hub.eval()(images), model.eval()(images), atol=1e-6, rtol=0)
+    assert hub.pretrained_cfg["crop_pct"] == 1  # the run's, where timm has 0.9 for this model
     best = load_file(finetuned / "classifier_best.safetensors")
     assert best.keys() == model.state_dict().keys()
 

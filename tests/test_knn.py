@@ -57,6 +57,12 @@ def test_chunks_do_not_change_predictions(chunk: int):
     assert torch.equal(ours(query_block=chunk), ours())
 
 
+def test_votes_are_counted_a_block_of_queries_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    wanted = ours()
+    monkeypatch.setattr("quarterlight.ssl.knn.VOTE_BLOCK", 7)
+    assert torch.equal(ours(), wanted)
+
+
 def test_more_neighbors_than_features_are_all_features():
     assert torch.equal(ours(neighbors=10_000), ours(neighbors=300))
 

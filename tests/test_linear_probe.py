@@ -312,6 +312,9 @@ def test_inputs_that_an_encoder_does_not_have_are_refused(config: LinearProbeCon
     bare = dataclasses.replace(config, inputs=("token", "both"), encoder=encoder)
     with pytest.raises(InputError, match="this encoder has only avg"):
         linear_probe(bare)
+    with pytest.raises(InputError, match="holdout_share 1"):
+        linear_probe(dataclasses.replace(bare, inputs=("avg",), holdout_share=1.0))
+    assert not (Path(bare.run_dir) / "features").exists()  # before anything is computed
 
 
 def test_it_stops_when_it_is_told_to_and_the_same_command_goes_on(shards: tuple[str, str], tmp_path: Path):
@@ -347,7 +350,10 @@ def test_without_val_shards_the_command_is_refused(config: LinearProbeConfig):
         linear_probe(dataclasses.replace(config, data=dataclasses.replace(config.data, val=None)))
 
 
-def test_a_few_samples_of_each_class_may_be_trained_on(config: LinearProbeConfig):
-    few = dataclasses.replace(config.data, samples_per_class=5)
+def test_a_few_samples_of_each_class_may_be_trained_on_and_duplicates_among_them_are_warned_of(
+    config: LinearProbeConfig, capsys: pytest.CaptureFixture[str]
+):
+    few = dataclasses.replace(config.data, samples_per_class=5, val=config.data.train)
     result = linear_probe(dataclasses.replace(config, data=few))
-    assert (result["train_images"], result["val_images"]) == (20, 21)
+    assert (result["train_images"], result["val_images"]) == (20, 60)
+    assert "warning: 20 of the 60 images of data.val are in data.train too" in capsys.readouterr().out

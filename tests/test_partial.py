@@ -80,7 +80,7 @@ def test_a_swins_blocks_count_through_the_stages_and_merging_learns_with_the_blo
     wanted = {
         0.5: ("layers.2.blocks.1.norm2.", "layers.2.blocks.1.mlp."),
         2: ("layers.2.blocks.",),  # merging comes before these, and stays
-        2.5: ("layers.2.blocks.", "layers.1.blocks.1.norm2.", "layers.1.blocks.1.mlp."),
+        2.5: ("layers.2.", "layers.1.blocks.1.norm2.", "layers.1.blocks.1.mlp."),
         3: ("layers.2.", "layers.1.blocks.1."),
         4: ("layers.2.", "layers.1.blocks."),
         5: ("layers.2.", "layers.1.", "layers.0.blocks.1."),

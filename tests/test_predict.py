@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from quarterlight.finetune.embed import embed
 from quarterlight.finetune.predict import predict
-from quarterlight.finetune.use_config import CropConfig, PredictConfig
+from quarterlight.finetune.rows import images_in_a_part
+from quarterlight.finetune.use_config import CropConfig, EmbedConfig, PredictConfig
 from quarterlight.ssl.errors import InputError
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -128,6 +130,11 @@ print(json.dumps(left))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.csv"]
 
 
+def test_parts_are_small_enough_for_many_processes_to_share_them():
+    assert [images_in_a_part(n, 8192) for n in (1, 16_384, 100_000, 10**7)] == [256, 256, 1563, 8192]
+    assert images_in_a_part(100, 4) == 4
+
+
 def test_parts_of_another_command_are_refused_and_kept(model, tmp_path):
     images(tmp_path / "images")
     parts = tmp_path / "out.csv.parts"
@@ -143,18 +150,22 @@ def test_the_real_commands_of_one_and_two_processes_write_the_same_bytes(shards,
     given |= {"data.train": shards[0], "data.val": shards[1], "run_dir": str(run), "steps": "3", "batch_size": "12"}
     launch("finetune.py", given | {"optim.warmup_steps": "1", "data.crop_pct": "0.9"})
 
-    def wrote(name: str, processes: int) -> bytes:
+    def wrote(script: str, name: str, processes: int) -> bytes:
         given = {"init": str(run), "out": str(tmp_path / name), "precision": "no", "num_workers": "1"}
         given |= {"part_images": "4", "batch_size": "3"}
-        line = command("predict.py", given, processes=processes)
+        line = command(script, given, processes=processes)
         at = line.index(f"--{next(iter(given))}")
         done = subprocess.run([*line[:at], shards[1], *line[at:]], env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "21 images, crop_pct 0.9" in done.stdout, "not the crop that the run was evaluated with"
         return (tmp_path / name).read_bytes()
 
-    one = wrote("one.csv", 1)
-    assert one == wrote("two.csv", 2)
+    # In this process, and by the script as two of them and as one.
+    same = {"init": str(run), "precision": "no", "num_workers": 0, "part_images": 4, "batch_size": 3}
+    predict([shards[1]], PredictConfig(out=str(tmp_path / "one.csv"), **same))
+    assert (tmp_path / "one.csv").read_bytes() == wrote("predict.py", "two.csv", 2)
+    embed([shards[1]], EmbedConfig(out=str(tmp_path / "one.safetensors"), **same))
+    assert (tmp_path / "one.safetensors").read_bytes() == wrote("embed.py", "two.safetensors", 1)
     rows = table(tmp_path / "one.csv")
     assert [row["key"] for row in rows] == [f"val{i:05d}" for i in range(21)]
     assert [int(row["label"]) for row in rows] == [i % 4 for i in range(21)]

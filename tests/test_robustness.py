@@ -108,11 +108,11 @@ def test_left_out_patches_reach_nothing_and_none_left_out_is_timms_model(tmp_pat
     images = torch.randn(3, 3, side, side, generator=GENERATOR)
     count = encoder.num_units
     with torch.no_grad():
-        whole = leave_out(encoder, model, images, torch.zeros(3, count, dtype=torch.bool), encoder.unit_size)
+        whole = leave_out(encoder, model, images, torch.zeros(3, count, dtype=torch.bool), encoder.unit_size, 0)
         torch.testing.assert_close(whole, model(images), atol=1e-4, rtol=1e-4)
         dropped = drop_ranks(torch.rand(3, count, generator=GENERATOR)) < count // 2
         other = drop_patches(images, dropped, encoder.unit_size, torch.tensor([5.0, -3.0, 1.0]))
-        found, again = (leave_out(encoder, model, x, dropped, encoder.unit_size) for x in (images, other))
+        found, again = (leave_out(encoder, model, x, dropped, encoder.unit_size, count // 2) for x in (images, other))
     torch.testing.assert_close(found, again, atol=1e-6, rtol=0)
     assert not torch.allclose(found, whole, atol=1e-2)
 
@@ -125,7 +125,7 @@ def test_a_vit_with_left_out_patches_is_timms_on_the_others(tmp_path):
         tokens = vit._pos_embed(vit.patch_embed(images))
         kept = torch.cat([tokens[:, :1], tokens[:, 1:][:, ~dropped[0]]], dim=1)
         wanted = vit.forward_head(vit.norm(vit.blocks(vit.norm_pre(kept))))
-        found = leave_out(wrap(vit, ""), vit, images, dropped, 4)
+        found = leave_out(wrap(vit, ""), vit, images, dropped, 4, 5)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
