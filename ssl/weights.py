@@ -27,6 +27,7 @@ from .pickles import read_pickled
 # A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
 HEAD = ("head.", "fc_norm.")
 OF_CREATE_MODEL = frozenset(inspect.signature(timm.create_model).parameters)  # files, addresses and the like
+WINDOWS_BEFORE = "pretrained_window_sizes"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def read_weights(init: str, *, with_decoder: bool = False, merge_order: MergeOrd
     if path.is_dir():
         return _read_state(path) if with_decoder and state_folders(path) else _read_folder(path)
     if path.is_file():
-        return _read_safetensors(path, merge_order) if path.suffix == ".safetensors" else _read_pth(path, merge_order)
+        return read_safetensors(path, merge_order) if path.suffix == ".safetensors" else _read_pth(path, merge_order)
     if init.startswith("local-dir:") and (folder := Path(init.removeprefix("local-dir:"))).is_dir():
         return replace(_read_folder(folder, own=False), source=init)
     if init.startswith(("hf-hub:", "local-dir:")) or timm.is_model(init.split(".")[0]):
@@ -89,7 +90,7 @@ def read_weights(init: str, *, with_decoder: bool = False, merge_order: MergeOrd
 def _read_folder(path: Path, *, own: bool = True) -> Weights:
     for name in (ENCODER_FILE, CLASSIFIER_FILE) if own else ():
         if (path / name).is_file():
-            return _read_safetensors(path / name, None)
+            return read_safetensors(path / name)
     if (config := huggingface.read_config(path)) is not None:
         return _read_transformers(path, config)
     if (path / "config.json").is_file():
@@ -99,7 +100,8 @@ def _read_folder(path: Path, *, own: bool = True) -> Weights:
     )
 
 
-def _read_safetensors(path: Path, merge_order: MergeOrder | None) -> Weights:
+def read_safetensors(path: Path, merge_order: MergeOrder | None = None) -> Weights:
+    """Returns the weights in a safetensors file, whatever its name ends in; as `read_weights`."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
@@ -228,7 +230,11 @@ def _spec_in(metadata: dict[str, str]) -> ModelSpec:
     args, mean, std = (json.loads(metadata[key]) for key in ("timm_args", "mean", "std"))
     if not isinstance(args, dict):
         raise ValueError("its timm_args are no arguments by name")
-    if foreign := [key for key in args if key in OF_CREATE_MODEL or key.startswith("pretrained")]:
+    windows = args.get(WINDOWS_BEFORE, [])
+    if not isinstance(windows, list) or not all(_is_window(window) for window in windows):
+        raise ValueError(f"its {WINDOWS_BEFORE} are no list of windows")
+    given = args.keys() - {WINDOWS_BEFORE}  # of a Swin V2; all else of that beginning is of files and addresses
+    if foreign := [key for key in sorted(given) if key in OF_CREATE_MODEL or key.startswith("pretrained")]:
         raise ValueError(f"its timm_args hold {foreign[0]}, which is not for a file to say")
     size = args.get("img_size") or 1
     if not all(isinstance(side, int) for side in (size if isinstance(size, list) and len(size) == 2 else [size])):
@@ -239,6 +245,12 @@ def _spec_in(metadata: dict[str, str]) -> ModelSpec:
         if not numbers or not all(least < x < math.inf for x in values):
             raise ValueError(f"its {name} is not one number a channel")
     return ModelSpec(metadata["architecture"], _headless(args), tuple(mean), tuple(std))
+
+
+def _is_window(value: Any) -> bool:
+    """Returns whether it is the side of a window, or its height and width."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and side >= 0 for side in sides)
 
 
 def _read_timm(name: str) -> Weights:

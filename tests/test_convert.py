@@ -13,12 +13,13 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_kinds import SWIN, SWIN_NAME, VIT, VIT_NAME, green, in_maes_layout, in_swins_layout, mae, saved, shaken
+from test_kinds import SWIN, SWIN_NAME, V2_NAME, VIT, VIT_NAME, green, in_maes_layout, in_swins_layout, mae, saved, shaken
 from torchvision.transforms import v2
 
 from quarterlight.ssl.config import ConvertConfig, EncoderConfig
 from quarterlight.ssl.convert import convert
 from quarterlight.ssl.errors import InputError
+from quarterlight.ssl.export import ModelSpec, export_weights
 from quarterlight.ssl.released import load_encoder
 from quarterlight.ssl.weights import read_weights
 
@@ -71,6 +72,23 @@ def test_a_green_mim_file_needs_an_order(tmp_path):
     convert(source, str(out), ConvertConfig(merge_order="swin"))
     x = torch.randn(2, 3, 128, 128)
     assert torch.equal(loaded_by_timm(out).forward_features(x), swin.forward_features(x))
+
+
+def test_a_swin_v2_that_was_trained_with_other_windows_is_read_back(tmp_path):
+    """Its windows before go into the file, which `--init` takes."""
+    args = SWIN | {"pretrained_window_sizes": (8, 8, 8, 4)}
+    model = shaken(timm.create_model(V2_NAME, num_classes=0, **args))
+    out = tmp_path / "x.safetensors"
+    convert(saved(tmp_path / "x.pth", {"model": in_swins_layout(model)}), str(out), ConvertConfig())
+    assert read_weights(str(out)).spec.args["pretrained_window_sizes"] == [8, 8, 8, 0]  # the last has 4 still
+    encoder, _ = load_encoder(str(out))
+    x = torch.randn(2, 3, 128, 128)
+    torch.testing.assert_close(encoder.timm.forward_features(x), model.forward_features(x), rtol=0, atol=1e-5)
+    for windows in ("/etc/passwd", ["x"], [[1, 2, 3]], [True]):
+        spec = ModelSpec(V2_NAME, {"pretrained_window_sizes": windows}, (0.5,) * 3, (0.5,) * 3)
+        export_weights(tmp_path / "odd.safetensors", model, spec, {})
+        with pytest.raises(InputError, match="pretrained_window_sizes are no list of windows"):
+            read_weights(str(tmp_path / "odd.safetensors"))
 
 
 def test_the_command_refuses_a_file_cut_short_in_one_sentence(tmp_path):
