@@ -42,7 +42,7 @@ def convert(init: str, out: str, config: ConvertConfig) -> None:
     if weights.head and config.head:
         model, written = _classifier(spec, weights)
         report = f"{report}, and a head of {model.num_classes} classes"
-    facts: dict[str, Any] = {"source_kind": weights.kind or "unknown", "source": Path(init).name}
+    facts: dict[str, Any] = {"source_kind": weights.origin or weights.kind or "unknown", "source": Path(init).name}
     facts["made_by"] = f"quarterlight {environment()['packages']['quarterlight']}"
     if weights.class_names and model.num_classes == len(weights.class_names):
         facts["class_names"] = weights.class_names

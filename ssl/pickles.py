@@ -6,6 +6,7 @@ by name, the few kinds of plain data that released files carry in their training
 
 import argparse
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with torch.serialization.safe_globals(PLAIN):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, so that an optimizer beside the model is not read; files of before torch 1.6 are no archives
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many kinds for what is not its own format
         named = re.search(r"GLOBAL ([\w.]+)|blocked module (\w+)|from module ([\w.]+)", str(error))
         code = named and next(x for x in named.groups() if x)

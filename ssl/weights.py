@@ -53,11 +53,13 @@ class Weights:
     head: dict[str, Tensor] = field(default_factory=dict)  # a classifier's own layers; empty: there is none
     class_names: list[str] | None = None
     kind: str = ""  # one of kinds.KINDS
+    origin: str = ""  # the kind that a file of ours was converted from, or the stage that wrote it
     decoder: DecoderWeights | None = None
     crop_pct: float | None = None  # of timm's evaluation; None: not known
     hint: str = ""  # what shapes tell of a model that they do not tell whole
     notes: tuple[str, ...] = ()  # remarks for the report
     unused: tuple[str, ...] = ()  # names in the file that are in none of the above
+    guessed_size: bool = False  # the image size is that of a square with as many patches
     allow_partial: bool = False  # tensors of the encoder may be missing
 
     def described(self) -> str:
@@ -115,7 +117,8 @@ def read_safetensors(path: Path, merge_order: MergeOrder | None = None) -> Weigh
     encoder = {name: x for name, x in tensors.items() if not name.startswith(("decoder", "mask_token", *HEAD))}
     head = {name: x for name, x in tensors.items() if name.startswith(HEAD)}
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return Weights(str(path), encoder, spec, head, names if named else None, kind="quarterlight")
+    origin = metadata.get("source_kind", metadata.get("stage", ""))
+    return Weights(str(path), encoder, spec, head, names if named else None, kind="quarterlight", origin=origin)
 
 
 def _read_pth(path: Path, merge_order: MergeOrder | None) -> Weights:
@@ -138,9 +141,10 @@ def _recognised(source: str, tensors: dict[str, Tensor], merge_order: MergeOrder
         guess = architecture_of(found.encoder, found.buffers, pooled="fc_norm.weight" in found.head)
     except InputError as error:
         raise InputError(f"init {source}: {error}") from error
-    heads = guess.args.get("num_heads")
-    notes = (f"{heads} attention heads by convention (64 wide)",) if isinstance(heads, int) else ()
-    return _weights(source, found, guess, notes)
+    if found.num_heads is not None:
+        note = f"{found.num_heads} attention heads, as MoCo v3's ViT-S has them"
+        guess = replace(guess, args=guess.args | {"num_heads": found.num_heads}, notes=(note,))
+    return replace(_weights(source, found, guess, guess.notes), guessed_size=True)
 
 
 def _weights(source: str, found: Found, guess: Architecture, notes: tuple[str, ...] = ()) -> Weights:

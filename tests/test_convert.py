@@ -13,14 +13,27 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_kinds import SWIN, SWIN_NAME, V2_NAME, VIT, VIT_NAME, green, in_maes_layout, in_swins_layout, mae, saved, shaken
+from test_kinds import (
+    SWIN,
+    SWIN_NAME,
+    V2_NAME,
+    VIT,
+    VIT_NAME,
+    green,
+    in_maes_layout,
+    in_swins_layout,
+    mae,
+    saved,
+    shaken,
+)
 from torchvision.transforms import v2
 
-from quarterlight.ssl.config import ConvertConfig, EncoderConfig
+from quarterlight.ssl.config import ConvertConfig, DataConfig, EncoderConfig
 from quarterlight.ssl.convert import convert
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec, export_weights
-from quarterlight.ssl.released import load_encoder
+from quarterlight.ssl.released import encoder_with_weights, load_encoder
+from quarterlight.ssl.spec import encoder_spec
 from quarterlight.ssl.weights import read_weights
 
 
@@ -62,6 +75,22 @@ def test_a_classifier_keeps_its_head_or_loses_it(tmp_path, name):
     headless = loaded_by_timm(tmp_path / "headless.safetensors")
     assert torch.equal(headless.forward_features(x), model.forward_features(x))
     assert json.loads(metadata(tmp_path / "headless.safetensors")["mean"]) == [0.5] * 3
+
+
+def test_windows_follow_by_the_same_rule_with_a_head_and_without(tmp_path):
+    """A Swin trained with labels stays one when its head is left away; one of SimMIM or of a run here does not."""
+    model = shaken(timm.create_model(SWIN_NAME, num_classes=6, **SWIN))
+    source = saved(tmp_path / "x.pth", {"model": in_swins_layout(model)})
+    for head in (True, False):
+        convert(source, str(tmp_path / f"{head}.safetensors"), ConvertConfig(head=head))
+    convert(str(tmp_path / "False.safetensors"), str(tmp_path / "again.safetensors"), ConvertConfig())
+    spec = ModelSpec(SWIN_NAME, SWIN, (0.5,) * 3, (0.5,) * 3)
+    model.reset_classifier(0)
+    export_weights(tmp_path / "run.safetensors", model, spec, {"stage": "pretraining"})
+    for name, rule in {"True": "bicubic", "False": "bicubic", "again": "bicubic", "run": "geometric"}.items():
+        weights = read_weights(str(tmp_path / f"{name}.safetensors"))
+        wider = encoder_spec(EncoderConfig(args={"window_size": 2}), DataConfig(train=""), weights)
+        assert f"tables of relative positions resized ({rule})" in encoder_with_weights(wider, weights)[1]
 
 
 def test_a_green_mim_file_needs_an_order(tmp_path):

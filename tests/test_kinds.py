@@ -152,6 +152,9 @@ def test_a_fine_tuned_mae_is_a_classifier_and_an_encoder(tmp_path):
     assert (weights.kind, weights.spec.args["global_pool"], weights.unused) == ("mae-finetuned", "avg", ())
     assert weights.head.keys() == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
     assert_same_features(source, model, 32)
+    encoder, _ = load_encoder(source)
+    model.reset_classifier(0)
+    assert torch.equal(encoder.timm(images(32)), model(images(32)))  # with the norm behind the mean
 
 
 def test_an_autoencoder_of_this_project_that_was_saved_as_it_is_loads_as_one(tmp_path):
@@ -293,6 +296,16 @@ def test_dino_moco_and_others_name_their_encoder_by_a_prefix(tmp_path):
     assert len(read_weights(str(tmp_path / "moco-v3.pth")).unused) == 2 + len(other)
     with pytest.raises(InputError, match=r"holds several encoders \(a., b.\)"):
         read_weights(saved(tmp_path / "x.pth", under("a.", state) | under("b.", other)))
+
+
+def test_the_small_vit_of_moco_has_heads_of_its_own(tmp_path):
+    args = {"img_size": 32, "embed_dim": 384, "depth": 1, "num_heads": 12}
+    model = shaken(timm.create_model(VIT_NAME, num_classes=0, **args))
+    for prefix in ("module.base_encoder.", "module.momentum_encoder."):
+        state = {prefix + name: x for name, x in model.state_dict().items()}
+        source = saved(tmp_path / "x.pth", {"state_dict": state})
+        assert read_weights(source).notes == ("12 attention heads, as MoCo v3's ViT-S has them",)
+        assert_same_features(source, model, 32)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
