@@ -98,6 +98,15 @@ def _has_tensors(content: Any, deep: int = MOST_DEEP) -> bool:
 
 
 def _arguments(content: dict[Any, Any]) -> dict[str, Any]:
-    """Returns the training arguments (argparse's) that stand beside the weights."""
+    """Returns the training arguments (argparse's) that stand beside the weights.
+
+    Of SimMIM's settings "norm_target", the side of the windows in which its target is normalized, 0 for plain pixels.
+    """
     args = content.get("args")
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    found = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    settings = content.get("config")
+    for key in ("MODEL", "SIMMIM", "NORM_TARGET"):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and isinstance(side := settings.get("PATCH_SIZE"), int):
+        found["norm_target"] = side if settings.get("ENABLE") is True else 0
+    return found

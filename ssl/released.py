@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 from torchvision import transforms
 
@@ -21,7 +22,7 @@ from .mae import MaskedAutoencoder, attach_decoder
 from .patches import pair
 from .relative_tables import resize_table
 from .renaming import BUFFERS
-from .spec import encoder_spec
+from .spec import RGB, encoder_spec
 from .weights import HEAD, DecoderWeights, Weights, read_weights
 
 __all__ = ["HEAD", "DecoderWeights", "Weights", "encoder_spec", "read_weights"]  # of others, for who loads by this file
@@ -130,7 +131,8 @@ def encoder_with_weights(spec: ModelSpec, weights: Weights | None) -> tuple[Enco
 def load_weights(model: Any, weights: Weights) -> str:
     """Loads an encoder's weights into a timm model, resizing to it. Returns a sentence on what they are and matched.
 
-    Absolute positions follow the grid of patches (bicubic), the patch embedding the patch (`resample_patch_embed`).
+    Absolute positions follow the grid of patches (bicubic), the patch embedding the patch (`resample_patch_embed`)
+    and, where it is of colors, the channels: of grey images it has the sum (`adapt_input_conv`).
     Tables of relative positions follow the windows: by SimMIM's geometric rule where the weights were trained without
     labels, else bicubic, as in Swin's code.
 
@@ -182,6 +184,10 @@ def _resized(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> tuple[d
     given, notes = dict(weights.tensors), []
     patches, new_patches = given.get(PATCHES), wanted.get(PATCHES)
     if patches is not None and new_patches is not None and patches.ndim == new_patches.ndim == 4:
+        channels = new_patches.shape[1]
+        if patches.shape[1] == RGB != channels and isinstance(model.patch_embed, PatchEmbed):
+            patches = given[PATCHES] = adapt_input_conv(channels, patches)
+            notes.append(f"patch embedding of {RGB} channels made one of {channels} (timm's adapt_input_conv)")
         old, new = tuple(patches.shape[2:]), tuple(new_patches.shape[2:])
         if old != new and patches.shape[:2] == new_patches.shape[:2]:
             given[PATCHES] = resample_patch_embed(patches, list(new))

@@ -28,6 +28,13 @@ from .pickles import read_pickled
 HEAD = ("head.", "fc_norm.")
 OF_CREATE_MODEL = frozenset(inspect.signature(timm.create_model).parameters)  # files, addresses and the like
 WINDOWS_BEFORE = "pretrained_window_sizes"
+TARGET_NOT_TOLD = (
+    "whether it predicts normalized pixels or, as MAE's files for pictures, plain ones is told by nothing in it"
+)
+NORM_TARGET_NOT_TOLD = (
+    "whether it predicts plain pixels or, as SimMIM's settings for Swin V2 say, ones normalized in windows "
+    "(NORM_TARGET), which no target here does, is told by nothing in it"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,11 @@ def read_weights(init: str, *, with_decoder: bool = False, merge_order: MergeOrd
     if init.startswith("hf-hub:") and (folder := huggingface.hub_folder(init)) is not None:
         return replace(_read_folder(folder), source=init)
     if path.is_dir():
-        return _read_state(path) if with_decoder and state_folders(path) else _read_folder(path)
+        return (
+            _read_state(path, state_folders(path)[-1]) if with_decoder and state_folders(path) else _read_folder(path)
+        )
+    if path.is_file() and (run_dir := _run_of_state(path)) is not None:
+        return _read_state(run_dir, path.parent)
     if path.is_file():
         return read_safetensors(path, merge_order) if path.suffix == ".safetensors" else _read_pth(path, merge_order)
     if init.startswith("local-dir:") and (folder := Path(init.removeprefix("local-dir:"))).is_dir():
@@ -128,8 +139,12 @@ def _read_pth(path: Path, merge_order: MergeOrder | None) -> Weights:
         raise InputError(f"init {error}") from error
     found = _recognised(str(path), tensors, merge_order)
     if found.decoder is not None and isinstance(said := arguments.get("norm_pix_loss"), bool):
-        decoder = replace(found.decoder, target="norm_pix" if said else "pixels", notes=())
+        notes = tuple(note for note in found.decoder.notes if note != TARGET_NOT_TOLD)
+        decoder = replace(found.decoder, target="norm_pix" if said else "pixels", notes=notes)
         found = replace(found, decoder=decoder)
+    if found.decoder is not None and isinstance(side := arguments.get("norm_target"), int):
+        note = f"it predicts pixels normalized in windows of {side} x {side} (NORM_TARGET), which no target here does"
+        found = replace(found, decoder=replace(found.decoder, notes=(note,) if side else ()))
     averaged = [f"the averaged weights in it ({place})" for place in [arguments.get("place", "")] if "ema" in place]
     return replace(found, notes=(*averaged, *found.notes))
 
@@ -172,7 +187,10 @@ def _decoder(found: Found) -> DecoderWeights | None:
         [int(name.split(".")[2]) for name in found.decoder if name.startswith("decoder.blocks.")],
     )
     if embed is None:
-        return DecoderWeights(found.decoder, DecoderConfig(name="linear"), "pixels", "l1", encode_masked=True)
+        is_v2 = found.kind == "simmim" and any(name.endswith(".logit_scale") for name in found.encoder)
+        linear = DecoderConfig(name="linear")
+        notes = (NORM_TARGET_NOT_TOLD,) if is_v2 else ()
+        return DecoderWeights(found.decoder, linear, "pixels", "l1", encode_masked=True, notes=notes)
     width, fc1 = len(embed), found.decoder.get("decoder.blocks.0.mlp.fc1.weight")
     config = DecoderConfig(
         embed_dim=width,
@@ -180,10 +198,9 @@ def _decoder(found: Found) -> DecoderWeights | None:
         num_heads=max(1, width // 32),  # MAE's are 32 wide, and heads leave no trace in the tensors
         mlp_ratio=4.0 if fc1 is None else len(fc1) / width,
     )
-    notes = (
-        "whether it predicts normalized pixels or, as MAE's files for pictures, plain ones is told by nothing in it",
-    )
-    return DecoderWeights(found.decoder, config, notes=notes)
+    heads = f"{config.num_heads} attention heads in the decoder by convention (32 wide)"
+    way_out = ("give the run's folder, which says both",) if found.kind == "quarterlight" else ()
+    return DecoderWeights(found.decoder, config, notes=(TARGET_NOT_TOLD, heads, *way_out))
 
 
 def _read_transformers(folder: Path, config: dict[str, Any]) -> Weights:
@@ -207,10 +224,23 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Weights:
     return weights
 
 
-def _read_state(run_dir: Path) -> Weights:
-    """Returns encoder and decoder of a pretraining run's newest state."""
+def _run_of_state(path: Path) -> Path | None:
+    """Returns the folder of the pretraining run whose state this file is of; None if it is none, or was moved."""
+    folder = path.absolute().parent
+    run_dir = folder.parent.parent
+    if path.name != MODEL_FILE or folder not in state_folders(run_dir) or not (run_dir / ENCODER_FILE).is_file():
+        return None
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return run_dir if isinstance(config, dict) and "decoder" in config else None
+
+
+def _read_state(run_dir: Path, state: Path) -> Weights:
+    """Returns encoder and decoder of a state of a pretraining run."""
     encoder = _read_folder(run_dir)
-    path = state_folders(run_dir)[-1] / MODEL_FILE
+    path = state / MODEL_FILE
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary

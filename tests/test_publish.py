@@ -34,7 +34,7 @@ from quarterlight.ssl.layouts import HF_SWIN, HF_SWIN_V2, HF_VIT, HF_VIT_MAE, MA
 from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
 from quarterlight.ssl.masking import random_masking
 from quarterlight.ssl.plain_vit import mae_tensors
-from quarterlight.ssl.released import load_encoder, read_weights
+from quarterlight.ssl.released import load_autoencoder, load_encoder, read_weights
 
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
 SWIN = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "img_size": 64, "window_size": 2}
@@ -122,6 +122,15 @@ def test_hugging_face_gives_our_loss_for_the_autoencoder_of_a_run(run: Path, tmp
     assert torch.equal(back.pop("decoder.pos_embed"), ours.decoder.pos_embed)
     assert back.keys() == ours.state_dict().keys()
     assert all(torch.equal(back[name], x) for name, x in ours.state_dict().items())
+
+
+def test_a_file_of_a_state_is_read_with_what_its_run_says(run: Path, tmp_path: Path):
+    path = next(run.glob("state/step-*/model.safetensors"))
+    autoencoder = load_autoencoder(str(path))
+    assert autoencoder.encoder.timm.blocks[0].attn.num_heads == autoencoder.decoder.blocks[0].attn.num_heads == 2
+    (tmp_path / "model.safetensors").write_bytes(path.read_bytes())
+    moved = read_weights(str(tmp_path / "model.safetensors"))
+    assert "give the run's folder" in " ".join(moved.decoder.notes) and moved.spec.args["num_heads"] is None
 
 
 FITTING = {

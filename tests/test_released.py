@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -267,7 +268,6 @@ def test_a_timm_name_whose_weights_cannot_be_had_is_refused(tmp_path: Path):
     [
         ({"embed_dim": 96}, "30 of the encoder's 30"),
         ({"depth": 3}, "12 of the encoder's 42"),
-        ({"patch_size": 16, "in_chans": 1}, "1 of the encoder's 30"),
     ],
 )
 def test_weights_of_another_architecture_are_refused_with_counts(vit: nn.Module, change: dict, count: str):
@@ -416,8 +416,26 @@ def test_an_image_size_may_be_given_twice_but_not_differently():
 
 
 def test_channels_of_data_and_weights_must_agree():
+    given = EncoderConfig(args={"in_chans": 3})
     with pytest.raises(InputError, match="takes 3 channels and data.in_chans is 1"):
-        encoder_spec(EncoderConfig(), DataConfig(train="t", in_chans=1), known())
+        encoder_spec(given, DataConfig(train="t", in_chans=1), known())
+    grey = Weights("x", {}, dataclasses.replace(SPEC, args=ARGS | {"in_chans": 1}))
+    with pytest.raises(InputError, match="takes 1 channels and data.in_chans is 3"):
+        encoder_spec(EncoderConfig(), DATA, grey)
+
+
+def test_weights_of_colors_take_grey_images_as_timm_makes_them(run_dir: Path, vit: nn.Module):
+    """A grey image stands for three equal channels, but for the channels' own normalization."""
+    encoder, transform = load_encoder(str(run_dir), in_chans=1)
+    wanted = timm.models.adapt_input_conv(1, vit.patch_embed.proj.weight)
+    assert_same(encoder.timm.patch_embed.proj.weight, wanted)
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(encoder(grey), vit.forward_features(grey.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
+    assert transform(Image.new("L", (40, 40))).shape == (1, 32, 32)
+    weights = read_weights(str(run_dir))
+    spec = encoder_spec(EncoderConfig(), DataConfig(train="t", in_chans=1), weights)
+    assert spec.args["in_chans"] == 1 and spec.mean == (sum(MEAN) / 3,)
+    assert "patch embedding of 3 channels made one of 1" in encoder_with_weights(spec, weights)[1]
 
 
 def test_means_are_one_value_a_channel():
