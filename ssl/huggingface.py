@@ -130,6 +130,8 @@ def with_config(guess: Architecture, config: dict[str, Any]) -> tuple[Architectu
     heads = config.get("num_attention_heads")
     if isinstance(heads, int) and not isinstance(heads, bool):
         args["num_heads"] = heads
+    else:
+        notes += guess.notes
     name = guess.name
     window = config.get("window_size")
     if name is None and config.get("model_type") == "swinv2" and isinstance(window, int):

@@ -49,7 +49,7 @@ if os.environ["RANK"] == "1":
 
 
 def test_where_one_machine_lacks_the_weights_all_end_with_the_same_sentence(nursery, shards, tmp_path):
-    args = {"img_size": [16, 16], "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}
     name = TINY_PRETRAIN["encoder.name"]
     model = build_encoder(name, **args).timm
     export_weights(tmp_path / "here.safetensors", model, ModelSpec(name, args, (0.5,) * 3, (0.5,) * 3), {})
