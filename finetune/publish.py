@@ -1,13 +1,14 @@
 """Writes a release for another library, checks it, and pushes it to the Hub: what launch/export.py does."""
 
 import copy
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import HybridEmbed
 from torch import Tensor, nn
 
 from quarterlight.ssl.encoders import create_timm_model
@@ -29,6 +30,8 @@ from .usage import CHECKERS, usage
 SUFFIXES = {"timm": ".safetensors", "transformers": "", "mae": ".pth", "onnx": ".onnx", "torch": ".pt2"}
 LARGEST_DIFFERENCE = 1e-4  # of the largest output, between another library and us, both in float32
 CHECK_IMAGES = 4
+FETCHED_STEM = "_resnet"  # in timm's names of hybrids whose stem is another model, made with its own weights
+ONE_FILE = "a single file may do: give a name that ends in .safetensors"
 
 
 def publish(source: str, out: str, config: ExportConfig) -> dict[str, float | None]:
@@ -99,40 +102,52 @@ def _noise(release: Release) -> Tensor:
 def _to_timm(path: Path, release: Release, images: Tensor, config: ExportConfig) -> float:
     """Writes timm's folder, or a single file, and returns how far timm's outputs are from ours.
 
-    Raises InputError, and leaves nothing, where timm cannot load the folder (some stems it asks the network for).
+    Raises InputError, and leaves nothing, where timm cannot load it or computes something else.
     """
     spec, model = release.spec, release.model
-    one_file = path.suffix == SUFFIXES["timm"]
+    found: list[float] = []
+
+    def file(partial: Path) -> None:
+        named = {} if release.labels is None else {"class_names": release.labels}
+        export_weights(partial, model, spec, release.facts | named)
+        found.append(_checked(lambda: _from_file(partial, release), model, images, ""))
+
+    def folder(partial: Path) -> None:
+        where = f"hf-hub:{config.push}" if config.push else "local-dir:."
+        texts: Any = {"title": release.title, "facts": release.facts, "labels": release.labels, "story": release.story}
+        export_hub(partial, model, spec, **texts, crop_pct=release.crop_pct, where=where)
+        read = lambda: timm.create_model(f"local-dir:{partial}", pretrained=True)  # noqa: E731
+        found.append(_checked(read, model, images, f"; {ONE_FILE}"))
+
+    if path.suffix == SUFFIXES["timm"]:
+        replace_file(path, file)
+        return found[0]
+    if isinstance(release.timm.patch_embed, HybridEmbed) and FETCHED_STEM in spec.name:
+        raise InputError(f"timm fetches the stem of {spec.name} whenever it loads a folder: {ONE_FILE}")
+    replace_folder(path, folder)
+    return found[0]
+
+
+def _from_file(path: Path, release: Release) -> Any:
+    """Returns timm's model with the weights of a single file, loaded strictly."""
+    args = _without_classes(release.spec.timm_args())
+    loaded: Any = create_timm_model(release.spec.name, num_classes=release.model.num_classes, **args)
+    loaded.load_state_dict(load_file(path), strict=True)
+    return loaded
+
+
+def _checked(read: Callable[[], Any], model: Any, images: Tensor, way_out: str) -> float:
+    """Returns how far the outputs of what `read` returns are from the model's. Raises InputError where that is far."""
     try:
-        if one_file:
-            named = {} if release.labels is None else {"class_names": release.labels}
-            export_weights(path, model, spec, release.facts | named)
-            args = _without_classes(spec.timm_args())
-            loaded: Any = create_timm_model(spec.name, num_classes=model.num_classes, **args)
-            loaded.load_state_dict(load_file(path), strict=True)
-        else:
-            export_hub(
-                path,
-                model,
-                spec,
-                title=release.title,
-                facts=release.facts,
-                labels=release.labels,
-                story=release.story,
-                crop_pct=release.crop_pct,
-                where=f"hf-hub:{config.push}" if config.push else "local-dir:.",
-            )
-            loaded = timm.create_model(f"local-dir:{path}", pretrained=True)
-        difference = _difference(loaded.eval(), copy.deepcopy(model).float(), images)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise ValueError(f"its outputs differ by {difference:.1e} of the largest one")
-    except OSError:
-        raise  # of the disk: nothing was written
-    except Exception as error:  # timm raises many kinds
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        loaded = read()
+    except Exception as error:  # timm and the network raise many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        way_out = "" if one_file else "; a single file may do: give a name that ends in .safetensors"
-        raise InputError(f"timm cannot load what was written ({reason}): it is deleted again{way_out}") from error
+        raise InputError(f"timm cannot load what was written ({reason}): nothing stays{way_out}") from error
+    difference = _difference(loaded.eval(), copy.deepcopy(model).float(), images)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise InputError(
+            f"timm's {type(loaded).__name__} differs by {difference:.1e} of the largest output: nothing is written"
+        )
     return difference
 
 

@@ -17,7 +17,7 @@ from quarterlight.ssl.export import ModelSpec
 from quarterlight.ssl.export_config import ExportConfig
 from quarterlight.ssl.mae import MaskedAutoencoder, attach_decoder
 from quarterlight.ssl.model_card import Story, read_story
-from quarterlight.ssl.released import Weights, encoder_spec, load_weights, read_weights
+from quarterlight.ssl.released import Weights, encoder_spec, encoder_with_weights, read_weights
 
 from .heads import load_classifier
 
@@ -76,7 +76,8 @@ def open_release(source: str, config: ExportConfig) -> Release:
     if part == "classifier":
         model, spec, report = load_classifier(spec, weights)
     elif part == "encoder":
-        model, report = _load_encoder(spec, weights)
+        encoder, report = encoder_with_weights(spec, weights)
+        model = encoder.timm
     else:
         if run_dir is None or Path(source).is_file():
             raise InputError(
@@ -106,16 +107,6 @@ def _spec(encoder: EncoderConfig, weights: Weights) -> ModelSpec:
 
 def _has_head(weights: Weights) -> bool:
     return any(name in weights.head for name in ("head.weight", "head.fc.weight"))
-
-
-def _load_encoder(spec: ModelSpec, weights: Weights) -> tuple[Any, str]:
-    """Returns the encoder; that of a classifier which averages patches keeps the norm behind the mean."""
-    model = build_encoder(spec.name, **spec.timm_args()).timm
-    report = load_weights(model, weights)
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    behind = {name: x for name, x in weights.head.items() if x.shape == shapes.get(name)}
-    model.load_state_dict(behind, strict=False)
-    return model, report
 
 
 def _load_autoencoder(run_dir: Path, spec: ModelSpec) -> tuple[MaskedAutoencoder, dict[str, Any], str]:

@@ -14,6 +14,7 @@ VITS = {
     (768, 12, 3072): ("vit_base_patch16_224", 16, 12),
     (1024, 24, 4096): ("vit_large_patch16_224", 16, 16),
     (1280, 32, 5120): ("vit_huge_patch14_224", 14, 16),
+    (1152, 27, 4304): ("vit_so400m_patch14_siglip_224", 14, 16),
     (1408, 40, 6144): ("vit_giant_patch14_224", 14, 16),
     (1664, 48, 8192): ("vit_gigantic_patch14_224", 14, 16),
 }
@@ -37,11 +38,13 @@ class Architecture:
     name: str | None = None
     args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
     hint: str = ""
+    notes: tuple[str, ...] = ()  # of what a convention has told
 
 
 def architecture_of(encoder: dict[str, Tensor], buffers: dict[str, Tensor], *, pooled: bool) -> Architecture:
     """Returns the model of an encoder's tensors under timm's names.
 
+    A grid that is not square is left open: n * n - 1 patches beside a class token have as many positions as n * n.
     `pooled` says that a classifier's norm stands behind its pooling. The heads of a ViT leave no trace in its tensors:
     they are those of the standard model of its size, or (`num_heads` None) left to be given.
     """
@@ -64,26 +67,31 @@ def _vit(encoder: dict[str, Tensor], pooled: bool) -> Architecture:
         return Architecture(hint=f"{told}, and the rest is of rotary positions, gated MLPs or a stem, or renamed")
     if any(name in encoder for name in of_another) or any(name.startswith("patch_embed.backbone") for name in encoder):
         return Architecture(hint=f"{told}, and rotary positions or a convolutional stem")
+    if "norm_pre.weight" in encoder:  # not all of them have the same eps and activation
+        return Architecture(hint=f"{told}, and a norm before its blocks, as CLIP's: vit_*_clip_*")
     if patches.shape[2] != patches.shape[3]:
         return Architecture(hint=f"{told}, which are not square")
     args: dict[str, Any] = {"in_chans": patches.shape[1]}
     patch = int(patches.shape[2])
-    name, usual_patch, _ = VITS.get((width, depth, len(fc1)), ("vit_base_patch16_224", 16, 0))
+    name, usual_patch, heads = VITS.get((width, depth, len(fc1)), ("vit_base_patch16_224", 16, 0))
+    note = f"{heads} attention heads, as {name} has them"
     if (width, depth, len(fc1)) not in VITS:
         heads = width // HEAD_DIM if width % HEAD_DIM == 0 else None
         args |= {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": len(fc1) / width}
+        note = f"{heads} attention heads by convention ({HEAD_DIM} wide)"
     if patch != usual_patch:
         args["patch_size"] = patch
     registers = encoder["reg_token"].shape[1] if "reg_token" in encoder else 0
     prefix, rows = registers + ("cls_token" in encoder), positions.shape[1]
     side, alone = _side(rows - prefix), _side(rows)  # with a position for class token and registers, and without
-    bare = side is None and alone is not None and prefix > 0
+    # timm's models with registers (DINOv2's) or layer scale (DeiT III's) are those that give the class token none
+    may_be_bare = registers > 0 or "blocks.0.ls1.gamma" in encoder
+    bare = side is None and alone is not None and prefix > 0 and may_be_bare
     if (found := alone if bare else side) is not None:
         args["img_size"] = [found * patch, found * patch]
     options = {
         "no_embed_class": bare,
         "reg_tokens": registers,
-        "pre_norm": "norm_pre.weight" in encoder,
         "qk_norm": "blocks.0.attn.q_norm.weight" in encoder,
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in encoder else None,
     }
@@ -91,10 +99,11 @@ def _vit(encoder: dict[str, Tensor], pooled: bool) -> Architecture:
     if "blocks.0.attn.qkv.bias" not in encoder:
         args["qkv_bias"] = False
     if "cls_token" not in encoder:
-        args |= {"class_token": False, "global_pool": "avg", "fc_norm": pooled}
+        pool = "map" if "attn_pool.latent" in encoder else "avg"
+        args |= {"class_token": False, "global_pool": pool, "fc_norm": pooled}
     elif pooled:
         args["global_pool"] = "avg"
-    return Architecture(name, args, told)
+    return Architecture(name, args, told, (note,) if heads else ())
 
 
 def _side(count: int) -> int | None:

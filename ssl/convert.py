@@ -16,7 +16,7 @@ from .files import replace_file
 from .released import encoder_with_weights, load_weights
 from .runs import environment
 from .spec import encoder_spec
-from .weights import HEAD, Weights, read_weights
+from .weights import HEAD, Weights, read_safetensors, read_weights
 
 
 def convert(init: str, out: str, config: ConvertConfig) -> None:
@@ -42,7 +42,7 @@ def convert(init: str, out: str, config: ConvertConfig) -> None:
     if weights.head and config.head:
         model, written = _classifier(spec, weights)
         report = f"{report}, and a head of {model.num_classes} classes"
-    facts: dict[str, Any] = {"source_kind": weights.kind or "unknown", "source": Path(init).name}
+    facts: dict[str, Any] = {"source_kind": weights.origin or weights.kind or "unknown", "source": Path(init).name}
     facts["made_by"] = f"quarterlight {environment()['packages']['quarterlight']}"
     if weights.class_names and model.num_classes == len(weights.class_names):
         facts["class_names"] = weights.class_names
@@ -72,7 +72,10 @@ def _classifier(spec: ModelSpec, weights: Weights) -> tuple[Any, ModelSpec]:
 
 
 def _write_checked(partial: Path, model: Any, spec: ModelSpec, facts: dict[str, Any]) -> None:
-    """Writes the file, and loads it into timm's own model without any help. Raises InputError if that fails."""
+    """Writes the file, loads it into timm's own model without any help, and reads it as `--init` does.
+
+    Raises InputError if that fails.
+    """
     export_weights(partial, model, spec, facts)
     try:
         args: dict[str, Any] = {"num_classes": 0, **spec.timm_args()}
@@ -85,3 +88,5 @@ def _write_checked(partial: Path, model: Any, spec: ModelSpec, facts: dict[str, 
         ) from error
     state = model.state_dict()
     assert all(torch.equal(x, state[name].cpu()) for name, x in plain.state_dict().items())
+    read = read_safetensors(partial)
+    assert read.spec is not None and read.tensors.keys() | read.head.keys() == state.keys()

@@ -43,6 +43,7 @@ WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 PATCHES, HF_PATCHES = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
 # Which of several encoders in one file is taken: the averaged one, or the one that was trained for release.
 PREFERRED = ("teacher", "target_encoder", "base_encoder", "encoder_q", "online_encoder", "student")
+MOCO = {"base_encoder", "momentum_encoder"}
 OWN = ("autoencoder.encoder.timm.", "encoder.timm.", "classifier.")  # in states of this project, and in its models
 HEAD_LAYERS = re.compile(r"(head\.(fc\.)?|fc_norm\.)(weight|bias)")
 UNSUPPORTED = {
@@ -68,6 +69,7 @@ class Found:
     buffers: Tensors = field(default_factory=dict)  # a Swin's, which say what its windows are; timm's names
     unused: list[str] = field(default_factory=list)  # names in the file
     notes: list[str] = field(default_factory=list)
+    num_heads: int | None = None  # where the kind of file tells
 
 
 def recognise(tensors: Tensors, merge_order: MergeOrder | None = None) -> Found:
@@ -86,6 +88,8 @@ def recognise(tensors: Tensors, merge_order: MergeOrder | None = None) -> Found:
     if prefix in OWN:
         return _own_state(inner, outer)
     found = _hugging_face(inner, outer) if is_hf else _timm_like(inner, outer, prefix, merge_order)
+    if MOCO & set(prefix.split(".")) and inner[PATCHES].shape[0] == 384:
+        found.num_heads = 12  # of MoCo v3's ViT-S, which has heads of 32 (Chen et al. 2021, section 4.1)
     for name, why in UNSUPPORTED.items():
         if name in found.encoder:
             raise InputError(why)

@@ -6,6 +6,7 @@ by name, the few kinds of plain data that released files carry in their training
 
 import argparse
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with torch.serialization.safe_globals(PLAIN):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, so that an optimizer beside the model is not read; files of before torch 1.6 are no archives
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many kinds for what is not its own format
         named = re.search(r"GLOBAL ([\w.]+)|blocked module (\w+)|from module ([\w.]+)", str(error))
         code = named and next(x for x in named.groups() if x)
@@ -95,6 +98,15 @@ def _has_tensors(content: Any, deep: int = MOST_DEEP) -> bool:
 
 
 def _arguments(content: dict[Any, Any]) -> dict[str, Any]:
-    """Returns the training arguments (argparse's) that stand beside the weights."""
+    """Returns the training arguments (argparse's) that stand beside the weights.
+
+    Of SimMIM's settings "norm_target", the side of the windows in which its target is normalized, 0 for plain pixels.
+    """
     args = content.get("args")
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    found = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    settings = content.get("config")
+    for key in ("MODEL", "SIMMIM", "NORM_TARGET"):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and isinstance(side := settings.get("PATCH_SIZE"), int):
+        found["norm_target"] = side if settings.get("ENABLE") is True else 0
+    return found

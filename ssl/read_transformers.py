@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .architectures import Architecture
 from .errors import InputError
+from .kinds import UNSUPPORTED
 from .patches import pair
 from .pickles import read_pickled
 
-FAMILIES = ("vit_mae", "vit", "swin", "swinv2", "dinov2", "dinov2_with_registers", "deit", "ijepa")  # by model_type
+FAMILIES = ("vit_mae", "vit", "swin", "swinv2", "dinov2", "dinov2_with_registers", "ijepa")  # by model_type
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -55,10 +57,19 @@ def hub_folder(name: str) -> Path | None:
 
 
 def _fetched(repo: str, file: str, revision: str) -> bool:
+    """Fetches a file and returns whether the repository has it; without a network, whether its copy is here.
+
+    Raises InputError where the Hub does not give it: too many requests, no right to it, a full disk.
+    """
     try:
         hf_hub_download(repo, file, revision=revision or None)
-    except Exception:  # what is missing is said by who reads the folder
-        return False
+    except Exception as error:  # huggingface_hub, the network and the disk raise many kinds
+        unknown = isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        if isinstance(error, EntryNotFoundError) and not unknown:
+            return False
+        at = f"@{revision}" if revision else ""
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"init hf-hub:{repo}{at}: the Hub does not give {file} ({why})") from error
     return True
 
 
@@ -77,6 +88,8 @@ def _parts(path: Path) -> list[Path]:
 def read_folder(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors of a transformers folder, of all its parts. Raises InputError, which names the folder."""
     family = config.get("model_type")
+    if family == "deit":  # transformers has it distilled only
+        raise InputError(f"init {folder}: {UNSUPPORTED['dist_token']}")
     if family not in FAMILIES:
         raise InputError(f"init {folder}: a transformers model of type {family}; these load: {', '.join(FAMILIES)}")
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -104,6 +117,8 @@ def with_config(guess: Architecture, config: dict[str, Any]) -> tuple[Architectu
     if config.get("use_absolute_embeddings"):
         raise InputError("this Swin has absolute positions, which timm's Swin lacks")
     args, notes = dict(guess.args), []
+    if not args.get("reg_tokens") and args.pop("no_embed_class", False):
+        args.pop("img_size", None)  # theirs always have a position for the class token, but beside registers
     if _is_size(config.get("image_size")):
         size, patch = pair(config["image_size"]), config.get("patch_size", 1)
         told = args.get("img_size", size)
@@ -115,6 +130,8 @@ def with_config(guess: Architecture, config: dict[str, Any]) -> tuple[Architectu
     heads = config.get("num_attention_heads")
     if isinstance(heads, int) and not isinstance(heads, bool):
         args["num_heads"] = heads
+    else:
+        notes += guess.notes
     name = guess.name
     window = config.get("window_size")
     if name is None and config.get("model_type") == "swinv2" and isinstance(window, int):

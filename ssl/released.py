@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 from torchvision import transforms
 
@@ -20,13 +21,17 @@ from .kinds import MergeOrder
 from .mae import MaskedAutoencoder, attach_decoder
 from .patches import pair
 from .relative_tables import resize_table
-from .spec import encoder_spec
+from .renaming import BUFFERS
+from .spec import RGB, encoder_spec
 from .weights import HEAD, DecoderWeights, Weights, read_weights
 
 __all__ = ["HEAD", "DecoderWeights", "Weights", "encoder_spec", "read_weights"]  # of others, for who loads by this file
 
 PATCHES = "patch_embed.proj.weight"
-PARAMETERS = (".weight", ".bias")
+# What no token passes on its way: the final norm, where the model has it behind its pooling, and what comes after it.
+HARMLESS = ("norm.", "attn_pool.", "mask_token", *HEAD)
+# Kinds of files, and a stage, whose weights were trained without labels; so were a run's that do not say more.
+WITHOUT_LABELS = ("", "quarterlight", "pretraining", "simmim", "greenmim", "hf-simmim")
 CROP_PCT = 0.875  # of an evaluation that nothing else is known of, as `data.crop_pct`
 Transform = Callable[[Image.Image], Tensor]
 
@@ -108,6 +113,7 @@ def eval_transform(spec: ModelSpec, img_size: tuple[int, int], crop_pct: float) 
 def encoder_with_weights(spec: ModelSpec, weights: Weights | None) -> tuple[Encoder, str]:
     """Returns the encoder with these weights, or with MAE's initial ones, and a sentence on what was loaded.
 
+    That of a classifier which averages patches keeps the norm behind the mean (`fc_norm`), which no token passes.
     Raises InputError when a tensor of the encoder is missing or has another shape.
     """
     encoder = build_encoder(spec.name, **spec.timm_args())
@@ -115,19 +121,24 @@ def encoder_with_weights(spec: ModelSpec, weights: Weights | None) -> tuple[Enco
         encoder.init_weights()
     if weights is None:
         return encoder, f"encoder {spec.name}: initial weights"
-    return encoder, load_weights(encoder.timm, weights)
+    report = load_weights(encoder.timm, weights)
+    shapes = {name: x.shape for name, x in encoder.timm.state_dict().items()}
+    behind = {name: x for name, x in weights.head.items() if x.shape == shapes.get(name)}
+    encoder.timm.load_state_dict(behind, strict=False)
+    return encoder, report
 
 
 def load_weights(model: Any, weights: Weights) -> str:
     """Loads an encoder's weights into a timm model, resizing to it. Returns a sentence on what they are and matched.
 
-    Absolute positions follow the grid of patches (bicubic), the patch embedding the patch (`resample_patch_embed`).
-    Tables of relative positions follow the windows: bicubic, as Swin's code, where the weights came with a classifier's
-    head, else by SimMIM's geometric rule.
+    Absolute positions follow the grid of patches (bicubic), the patch embedding the patch (`resample_patch_embed`)
+    and, where it is of colors, the channels: of grey images it has the sum (`adapt_input_conv`).
+    Tables of relative positions follow the windows: by SimMIM's geometric rule where the weights were trained without
+    labels, else bicubic, as in Swin's code.
 
     A classifier's own layers (`head`, `fc_norm`) keep their values; a final norm that moved behind the pooling (`norm`)
-    is left out, as MAE does. Raises InputError when anything else is missing or has another shape; where `weights`
-    allow that, such tensors keep their values, but for all of them.
+    is left out, as MAE does. Raises InputError when anything else is missing, has another shape, or is there and not in
+    the model; where `weights` allow that, such tensors keep their values, but for all of them, or are left out.
     """
     wanted = {name: x for name, x in model.state_dict().items() if not name.startswith(HEAD)}
     given, notes = _resized(model, weights, wanted)
@@ -138,7 +149,9 @@ def load_weights(model: Any, weights: Weights) -> str:
         for name, x in wanted.items()
         if name not in matched
     ]
-    foreign = [x for x in unused if x.startswith(("blocks.", "layers.")) and x.endswith(PARAMETERS)]
+    foreign = [
+        x for x in sorted(given.keys() - wanted.keys()) if not x.startswith(HARMLESS) and not x.endswith(BUFFERS)
+    ]
     if missing and not (weights.allow_partial and matched):
         what = f"{weights.kind}, " if weights.kind else ""
         raise InputError(
@@ -149,8 +162,9 @@ def load_weights(model: Any, weights: Weights) -> str:
         )
     if foreign and not weights.allow_partial:
         raise InputError(
-            f"init {weights.source}: has {len(foreign)} tensors of blocks that the encoder lacks ({foreign[0]}, ...): "
-            "give the encoder.args it was made with"
+            f"init {weights.source}: has {len(foreign)} tensor{'s' * (len(foreign) > 1)} that the encoder lacks "
+            f"({foreign[0]}{', ...' * (len(foreign) > 1)}): give the encoder.args it was made with, or --allow_partial "
+            "true to leave them out"
         )
     model.load_state_dict(matched, strict=False)
     if missing:
@@ -170,6 +184,10 @@ def _resized(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> tuple[d
     given, notes = dict(weights.tensors), []
     patches, new_patches = given.get(PATCHES), wanted.get(PATCHES)
     if patches is not None and new_patches is not None and patches.ndim == new_patches.ndim == 4:
+        channels = new_patches.shape[1]
+        if patches.shape[1] == RGB != channels and isinstance(model.patch_embed, PatchEmbed):
+            patches = given[PATCHES] = adapt_input_conv(channels, patches)
+            notes.append(f"patch embedding of {RGB} channels made one of {channels} (timm's adapt_input_conv)")
         old, new = tuple(patches.shape[2:]), tuple(new_patches.shape[2:])
         if old != new and patches.shape[:2] == new_patches.shape[:2]:
             given[PATCHES] = resample_patch_embed(patches, list(new))
@@ -252,11 +270,9 @@ def _resized_tables(model: Any, weights: Weights, wanted: dict[str, Tensor]) -> 
 
 
 def _rule(weights: Weights) -> Literal["geometric", "bicubic"]:
-    """Returns how tables of relative positions are resized: a head says that the weights were trained with labels.
-
-    So were all of transformers' Swins but those with a decoder, which are a kind of their own.
-    """
-    return "bicubic" if weights.head or weights.kind == "hf-swin" else "geometric"
+    """Returns how tables of relative positions are resized: those trained without labels by SimMIM's rule."""
+    origin = weights.origin or weights.kind
+    return "bicubic" if weights.head or origin not in WITHOUT_LABELS else "geometric"
 
 
 def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:
@@ -265,17 +281,24 @@ def _old_grid(weights: Weights, model: Any) -> tuple[int, int]:
     Where they do not say, it is the model's own if the number fits, else a square one. Raises InputError when it is
     neither.
     """
-    if weights.spec is not None and weights.spec.args.get("img_size") is not None:
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    count, new = weights.tensors["pos_embed"].shape[1] - prefix, model.patch_embed.grid_size
+    fits = new[0] * new[1] == count
+    known = None if weights.spec is None else weights.spec.args.get("img_size")
+    if known is not None and not (weights.guessed_size and fits):
         patch = model.patch_embed.feat_ratio(as_scalar=False)  # of patches, or of a stem and patches of its map
         patches = weights.tensors.get(PATCHES)
         if patches is not None and patches.ndim == 4 and not hasattr(model.patch_embed, "backbone"):
             patch = tuple(patches.shape[2:])  # its own, where the model's is another
-        height, width = (side // p for side, p in zip(pair(weights.spec.args["img_size"]), patch, strict=True))
+            if (known_count := math.prod(side // p for side, p in zip(pair(known), patch, strict=True))) != count:
+                raise InputError(
+                    f"init {weights.source}: holds positions of {count} patches beside {prefix} other tokens, and "
+                    f"images of {pair(known)} pixels have {known_count}: give encoder.img_size and "
+                    "encoder.args.no_embed_class as the weights were trained"
+                )
+        height, width = (side // p for side, p in zip(pair(known), patch, strict=True))
         return height, width
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    count = weights.tensors["pos_embed"].shape[1] - prefix
-    new = model.patch_embed.grid_size
-    if new[0] * new[1] == count:
+    if fits:
         return new[0], new[1]
     side = math.isqrt(max(0, count))
     if side * side != count:

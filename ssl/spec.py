@@ -12,6 +12,7 @@ from .export import ModelSpec
 from .patches import pair
 from .weights import Weights
 
+RGB = 3  # channels that others can be made from
 # What a stage decides, or --init; encoder.args would change what is exported without a word.
 NOT_OF_AN_ENCODER = {
     "pretrained": "give --init NAME to start from timm's weights",
@@ -49,6 +50,8 @@ def encoder_spec(config: EncoderConfig, data: DataConfig, weights: Weights | Non
         args["img_size"] = list(sizes.pop())
     if known is not None and name.startswith("swinv2_") and "pretrained_window_sizes" not in config.args:
         args |= _pretrained_windows(ModelSpec(name, args, known.mean, known.std), known)
+    if args.get("in_chans") == RGB and "in_chans" not in config.args:
+        args["in_chans"] = data.in_chans  # the patch embedding follows, as in timm
     if args.setdefault("in_chans", data.in_chans) != data.in_chans:
         raise InputError(f"the encoder takes {args['in_chans']} channels and data.in_chans is {data.in_chans}")
     mean = data.mean or (known.mean if known else IMAGENET_DEFAULT_MEAN)

@@ -24,7 +24,7 @@ from .index import ShardIndex, open_index, refuse_damage
 from .log import append_jsonl
 from .masking import MaskSampler
 from .order import Order, build_order
-from .processes import build_accelerator, from_main
+from .processes import build_accelerator, from_main, on_all
 from .runs import open_run
 from .shard_names import sources
 from .small_images import SmallImages, find_small_images
@@ -84,10 +84,8 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False, 
     accelerator = build_accelerator(config.precision)
     run_dir = _open_shared_run(config, accelerator)
     data = config.data
-    weights = None
-    if init not in (None, "none"):  # before the shards, which may take long
-        weights = replace(read_weights(init, with_decoder=with_decoder), allow_partial=config.allow_partial)
-    spec = encoder_spec(config.encoder, data, weights)
+    # before the shards, which may take long; on all machines alike, or those that have the file would wait
+    weights, spec = on_all(lambda: _weights_and_spec(config, init, with_decoder))
     if data.train_weights is not None and len(data.train_weights) != (count := len(sources(data.train))):
         raise InputError(
             f"data.train_weights has {len(data.train_weights)} numbers for {count} sources in data.train: give one each"
@@ -135,6 +133,13 @@ def _open_shared_run(config: RunConfig, accelerator: Accelerator) -> Path:
             "share, under the same path"
         )
     return run_dir
+
+
+def _weights_and_spec(config: RunConfig, init: str | None, with_decoder: bool) -> tuple[Weights | None, ModelSpec]:
+    weights = None
+    if init not in (None, "none"):
+        weights = replace(read_weights(init, with_decoder=with_decoder), allow_partial=config.allow_partial)
+    return weights, encoder_spec(config.encoder, config.data, weights)
 
 
 def cache_folder(data: DataConfig) -> Path:

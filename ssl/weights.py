@@ -27,6 +27,14 @@ from .pickles import read_pickled
 # A classifier's own layers: never taken from an encoder, and never missed when one is loaded into a classifier.
 HEAD = ("head.", "fc_norm.")
 OF_CREATE_MODEL = frozenset(inspect.signature(timm.create_model).parameters)  # files, addresses and the like
+WINDOWS_BEFORE = "pretrained_window_sizes"
+TARGET_NOT_TOLD = (
+    "whether it predicts normalized pixels or, as MAE's files for pictures, plain ones is told by nothing in it"
+)
+NORM_TARGET_NOT_TOLD = (
+    "whether it predicts plain pixels or, as SimMIM's settings for Swin V2 say, ones normalized in windows "
+    "(NORM_TARGET), which no target here does, is told by nothing in it"
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,13 @@ class Weights:
     head: dict[str, Tensor] = field(default_factory=dict)  # a classifier's own layers; empty: there is none
     class_names: list[str] | None = None
     kind: str = ""  # one of kinds.KINDS
+    origin: str = ""  # the kind that a file of ours was converted from, or the stage that wrote it
     decoder: DecoderWeights | None = None
     crop_pct: float | None = None  # of timm's evaluation; None: not known
     hint: str = ""  # what shapes tell of a model that they do not tell whole
     notes: tuple[str, ...] = ()  # remarks for the report
     unused: tuple[str, ...] = ()  # names in the file that are in none of the above
+    guessed_size: bool = False  # the image size is that of a square with as many patches
     allow_partial: bool = False  # tensors of the encoder may be missing
 
     def described(self) -> str:
@@ -76,9 +86,13 @@ def read_weights(init: str, *, with_decoder: bool = False, merge_order: MergeOrd
     if init.startswith("hf-hub:") and (folder := read_transformers.hub_folder(init)) is not None:
         return replace(_read_folder(folder), source=init)
     if path.is_dir():
-        return _read_state(path) if with_decoder and state_folders(path) else _read_folder(path)
+        return (
+            _read_state(path, state_folders(path)[-1]) if with_decoder and state_folders(path) else _read_folder(path)
+        )
+    if path.is_file() and (run_dir := _run_of_state(path)) is not None:
+        return _read_state(run_dir, path.parent)
     if path.is_file():
-        return _read_safetensors(path, merge_order) if path.suffix == ".safetensors" else _read_pth(path, merge_order)
+        return read_safetensors(path, merge_order) if path.suffix == ".safetensors" else _read_pth(path, merge_order)
     if init.startswith("local-dir:") and (folder := Path(init.removeprefix("local-dir:"))).is_dir():
         return replace(_read_folder(folder, own=False), source=init)
     if init.startswith(("hf-hub:", "local-dir:")) or timm.is_model(init.split(".")[0]):
@@ -89,7 +103,7 @@ def read_weights(init: str, *, with_decoder: bool = False, merge_order: MergeOrd
 def _read_folder(path: Path, *, own: bool = True) -> Weights:
     for name in (ENCODER_FILE, CLASSIFIER_FILE) if own else ():
         if (path / name).is_file():
-            return _read_safetensors(path / name, None)
+            return read_safetensors(path / name)
     if (config := read_transformers.read_config(path)) is not None:
         return _read_transformers(path, config)
     if (path / "config.json").is_file():
@@ -99,7 +113,8 @@ def _read_folder(path: Path, *, own: bool = True) -> Weights:
     )
 
 
-def _read_safetensors(path: Path, merge_order: MergeOrder | None) -> Weights:
+def read_safetensors(path: Path, merge_order: MergeOrder | None = None) -> Weights:
+    """Returns the weights in a safetensors file, whatever its name ends in; as `read_weights`."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
@@ -113,7 +128,8 @@ def _read_safetensors(path: Path, merge_order: MergeOrder | None) -> Weights:
     encoder = {name: x for name, x in tensors.items() if not name.startswith(("decoder", "mask_token", *HEAD))}
     head = {name: x for name, x in tensors.items() if name.startswith(HEAD)}
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return Weights(str(path), encoder, spec, head, names if named else None, kind="quarterlight")
+    origin = metadata.get("source_kind", metadata.get("stage", ""))
+    return Weights(str(path), encoder, spec, head, names if named else None, kind="quarterlight", origin=origin)
 
 
 def _read_pth(path: Path, merge_order: MergeOrder | None) -> Weights:
@@ -123,8 +139,12 @@ def _read_pth(path: Path, merge_order: MergeOrder | None) -> Weights:
         raise InputError(f"init {error}") from error
     found = _recognised(str(path), tensors, merge_order)
     if found.decoder is not None and isinstance(said := arguments.get("norm_pix_loss"), bool):
-        decoder = replace(found.decoder, target="norm_pix" if said else "pixels", notes=())
+        notes = tuple(note for note in found.decoder.notes if note != TARGET_NOT_TOLD)
+        decoder = replace(found.decoder, target="norm_pix" if said else "pixels", notes=notes)
         found = replace(found, decoder=decoder)
+    if found.decoder is not None and isinstance(side := arguments.get("norm_target"), int):
+        note = f"it predicts pixels normalized in windows of {side} x {side} (NORM_TARGET), which no target here does"
+        found = replace(found, decoder=replace(found.decoder, notes=(note,) if side else ()))
     averaged = [f"the averaged weights in it ({place})" for place in [arguments.get("place", "")] if "ema" in place]
     return replace(found, notes=(*averaged, *found.notes))
 
@@ -136,9 +156,10 @@ def _recognised(source: str, tensors: dict[str, Tensor], merge_order: MergeOrder
         guess = architecture_of(found.encoder, found.buffers, pooled="fc_norm.weight" in found.head)
     except InputError as error:
         raise InputError(f"init {source}: {error}") from error
-    heads = guess.args.get("num_heads")
-    notes = (f"{heads} attention heads by convention (64 wide)",) if isinstance(heads, int) else ()
-    return _weights(source, found, guess, notes)
+    if found.num_heads is not None:
+        note = f"{found.num_heads} attention heads, as MoCo v3's ViT-S has them"
+        guess = replace(guess, args=guess.args | {"num_heads": found.num_heads}, notes=(note,))
+    return replace(_weights(source, found, guess, guess.notes), guessed_size=True)
 
 
 def _weights(source: str, found: Found, guess: Architecture, notes: tuple[str, ...] = ()) -> Weights:
@@ -166,7 +187,10 @@ def _decoder(found: Found) -> DecoderWeights | None:
         [int(name.split(".")[2]) for name in found.decoder if name.startswith("decoder.blocks.")],
     )
     if embed is None:
-        return DecoderWeights(found.decoder, DecoderConfig(name="linear"), "pixels", "l1", encode_masked=True)
+        is_v2 = found.kind == "simmim" and any(name.endswith(".logit_scale") for name in found.encoder)
+        linear = DecoderConfig(name="linear")
+        notes = (NORM_TARGET_NOT_TOLD,) if is_v2 else ()
+        return DecoderWeights(found.decoder, linear, "pixels", "l1", encode_masked=True, notes=notes)
     width, fc1 = len(embed), found.decoder.get("decoder.blocks.0.mlp.fc1.weight")
     config = DecoderConfig(
         embed_dim=width,
@@ -174,10 +198,9 @@ def _decoder(found: Found) -> DecoderWeights | None:
         num_heads=max(1, width // 32),  # MAE's are 32 wide, and heads leave no trace in the tensors
         mlp_ratio=4.0 if fc1 is None else len(fc1) / width,
     )
-    notes = (
-        "whether it predicts normalized pixels or, as MAE's files for pictures, plain ones is told by nothing in it",
-    )
-    return DecoderWeights(found.decoder, config, notes=notes)
+    heads = f"{config.num_heads} attention heads in the decoder by convention (32 wide)"
+    way_out = ("give the run's folder, which says both",) if found.kind == "quarterlight" else ()
+    return DecoderWeights(found.decoder, config, notes=(TARGET_NOT_TOLD, heads, *way_out))
 
 
 def _read_transformers(folder: Path, config: dict[str, Any]) -> Weights:
@@ -201,10 +224,23 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Weights:
     return weights
 
 
-def _read_state(run_dir: Path) -> Weights:
-    """Returns encoder and decoder of a pretraining run's newest state."""
+def _run_of_state(path: Path) -> Path | None:
+    """Returns the folder of the pretraining run whose state this file is of; None if it is none, or was moved."""
+    folder = path.absolute().parent
+    run_dir = folder.parent.parent
+    if path.name != MODEL_FILE or folder not in state_folders(run_dir) or not (run_dir / ENCODER_FILE).is_file():
+        return None
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return run_dir if isinstance(config, dict) and "decoder" in config else None
+
+
+def _read_state(run_dir: Path, state: Path) -> Weights:
+    """Returns encoder and decoder of a state of a pretraining run."""
     encoder = _read_folder(run_dir)
-    path = state_folders(run_dir)[-1] / MODEL_FILE
+    path = state / MODEL_FILE
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
@@ -228,7 +264,11 @@ def _spec_in(metadata: dict[str, str]) -> ModelSpec:
     args, mean, std = (json.loads(metadata[key]) for key in ("timm_args", "mean", "std"))
     if not isinstance(args, dict):
         raise ValueError("its timm_args are no arguments by name")
-    if foreign := [key for key in args if key in OF_CREATE_MODEL or key.startswith("pretrained")]:
+    windows = args.get(WINDOWS_BEFORE, [])
+    if not isinstance(windows, list) or not all(_is_window(window) for window in windows):
+        raise ValueError(f"its {WINDOWS_BEFORE} are no list of windows")
+    given = args.keys() - {WINDOWS_BEFORE}  # of a Swin V2; all else of that beginning is of files and addresses
+    if foreign := [key for key in sorted(given) if key in OF_CREATE_MODEL or key.startswith("pretrained")]:
         raise ValueError(f"its timm_args hold {foreign[0]}, which is not for a file to say")
     size = args.get("img_size") or 1
     if not all(isinstance(side, int) for side in (size if isinstance(size, list) and len(size) == 2 else [size])):
@@ -239,6 +279,12 @@ def _spec_in(metadata: dict[str, str]) -> ModelSpec:
         if not numbers or not all(least < x < math.inf for x in values):
             raise ValueError(f"its {name} is not one number a channel")
     return ModelSpec(metadata["architecture"], _headless(args), tuple(mean), tuple(std))
+
+
+def _is_window(value: Any) -> bool:
+    """Returns whether it is the side of a window, or its height and width."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and side >= 0 for side in sides)
 
 
 def _read_timm(name: str) -> Weights:

@@ -13,7 +13,7 @@ VITS = {
     "vit_small_patch32_224": {},
     "vit_base_patch16_224": {"img_size": 384},
     "vit_huge_patch14_224": {},
-    "vit_base_patch16_clip_224": {},  # pre_norm
+    "vit_so400m_patch14_siglip_224": {},  # attention instead of a pooling
     "deit3_small_patch16_224": {},  # no_embed_class, layer scale
     "vit_small_patch14_dinov2": {},
     "vit_base_patch14_reg4_dinov2": {},
@@ -55,11 +55,31 @@ def test_the_model_told_from_shapes_has_these_shapes(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_small_patch16_rope_224", "eva02_tiny_patch14_224", "vit_tiny_r_s16_p8_224", "swinv2_tiny_window8_256"],
+    [
+        "vit_base_patch16_clip_224",
+        "vit_small_patch16_rope_224",
+        "eva02_tiny_patch14_224",
+        "vit_tiny_r_s16_p8_224",
+        "swinv2_tiny_window8_256",
+    ],
 )
 def test_models_that_shapes_do_not_tell_are_left_open(name):
     found = architecture_of(without_memory(name), {}, pooled=False)
     assert found.name is None and found.hint
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 64), (96, 112)])
+def test_a_class_token_beside_a_grid_that_is_not_square_is_no_square(size):
+    """4 x 6, 6 x 8 and 12 x 14 patches are a square less one; only registers and layer scale tell of no position."""
+    found = architecture_of(without_memory("vit_tiny_patch16_224", img_size=size, patch_size=8), {}, pooled=False)
+    assert "no_embed_class" not in found.args and "img_size" not in found.args
+    bare = without_memory("deit3_small_patch16_224", img_size=80, patch_size=16)
+    assert architecture_of(bare, {}, pooled=False).args["no_embed_class"]
+
+
+def test_heads_of_a_standard_model_are_said_to_be_that_models():
+    found = architecture_of(without_memory("vit_base_patch16_224"), {}, pooled=False)
+    assert found.notes == ("12 attention heads, as vit_base_patch16_224 has them",)
 
 
 def test_heads_of_a_width_that_is_no_multiple_of_64_are_left_open():

@@ -13,13 +13,27 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_kinds import SWIN, SWIN_NAME, VIT, VIT_NAME, green, in_maes_layout, in_swins_layout, mae, saved, shaken
+from test_kinds import (
+    SWIN,
+    SWIN_NAME,
+    V2_NAME,
+    VIT,
+    VIT_NAME,
+    green,
+    in_maes_layout,
+    in_swins_layout,
+    mae,
+    saved,
+    shaken,
+)
 from torchvision.transforms import v2
 
-from quarterlight.ssl.config import ConvertConfig, EncoderConfig
+from quarterlight.ssl.config import ConvertConfig, DataConfig, EncoderConfig
 from quarterlight.ssl.convert import convert
 from quarterlight.ssl.errors import InputError
-from quarterlight.ssl.released import load_encoder
+from quarterlight.ssl.export import ModelSpec, export_weights
+from quarterlight.ssl.released import encoder_with_weights, load_encoder
+from quarterlight.ssl.spec import encoder_spec
 from quarterlight.ssl.weights import read_weights
 
 
@@ -63,6 +77,22 @@ def test_a_classifier_keeps_its_head_or_loses_it(tmp_path, name):
     assert json.loads(metadata(tmp_path / "headless.safetensors")["mean"]) == [0.5] * 3
 
 
+def test_windows_follow_by_the_same_rule_with_a_head_and_without(tmp_path):
+    """A Swin trained with labels stays one when its head is left away; one of SimMIM or of a run here does not."""
+    model = shaken(timm.create_model(SWIN_NAME, num_classes=6, **SWIN))
+    source = saved(tmp_path / "x.pth", {"model": in_swins_layout(model)})
+    for head in (True, False):
+        convert(source, str(tmp_path / f"{head}.safetensors"), ConvertConfig(head=head))
+    convert(str(tmp_path / "False.safetensors"), str(tmp_path / "again.safetensors"), ConvertConfig())
+    spec = ModelSpec(SWIN_NAME, SWIN, (0.5,) * 3, (0.5,) * 3)
+    model.reset_classifier(0)
+    export_weights(tmp_path / "run.safetensors", model, spec, {"stage": "pretraining"})
+    for name, rule in {"True": "bicubic", "False": "bicubic", "again": "bicubic", "run": "geometric"}.items():
+        weights = read_weights(str(tmp_path / f"{name}.safetensors"))
+        wider = encoder_spec(EncoderConfig(args={"window_size": 2}), DataConfig(train=""), weights)
+        assert f"tables of relative positions resized ({rule})" in encoder_with_weights(wider, weights)[1]
+
+
 def test_a_green_mim_file_needs_an_order(tmp_path):
     swin = shaken(timm.create_model(SWIN_NAME, num_classes=0, **SWIN))
     source, out = saved(tmp_path / "x.pth", {"model": green(mae(), swin)}), tmp_path / "x.safetensors"
@@ -71,6 +101,23 @@ def test_a_green_mim_file_needs_an_order(tmp_path):
     convert(source, str(out), ConvertConfig(merge_order="swin"))
     x = torch.randn(2, 3, 128, 128)
     assert torch.equal(loaded_by_timm(out).forward_features(x), swin.forward_features(x))
+
+
+def test_a_swin_v2_that_was_trained_with_other_windows_is_read_back(tmp_path):
+    """Its windows before go into the file, which `--init` takes."""
+    args = SWIN | {"pretrained_window_sizes": (8, 8, 8, 4)}
+    model = shaken(timm.create_model(V2_NAME, num_classes=0, **args))
+    out = tmp_path / "x.safetensors"
+    convert(saved(tmp_path / "x.pth", {"model": in_swins_layout(model)}), str(out), ConvertConfig())
+    assert read_weights(str(out)).spec.args["pretrained_window_sizes"] == [8, 8, 8, 0]  # the last has 4 still
+    encoder, _ = load_encoder(str(out))
+    x = torch.randn(2, 3, 128, 128)
+    torch.testing.assert_close(encoder.timm.forward_features(x), model.forward_features(x), rtol=0, atol=1e-5)
+    for windows in ("/etc/passwd", ["x"], [[1, 2, 3]], [True]):
+        spec = ModelSpec(V2_NAME, {"pretrained_window_sizes": windows}, (0.5,) * 3, (0.5,) * 3)
+        export_weights(tmp_path / "odd.safetensors", model, spec, {})
+        with pytest.raises(InputError, match="pretrained_window_sizes are no list of windows"):
+            read_weights(str(tmp_path / "odd.safetensors"))
 
 
 def test_the_command_refuses_a_file_cut_short_in_one_sentence(tmp_path):

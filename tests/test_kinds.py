@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from quarterlight.ssl.command import run_command
 from quarterlight.ssl.config import DecoderConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.kinds import recognise
@@ -153,6 +155,9 @@ def test_a_fine_tuned_mae_is_a_classifier_and_an_encoder(tmp_path):
     assert (weights.kind, weights.spec.args["global_pool"], weights.unused) == ("mae-finetuned", "avg", ())
     assert weights.head.keys() == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
     assert_same_features(source, model, 32)
+    encoder, _ = load_encoder(source)
+    model.reset_classifier(0)
+    assert torch.equal(encoder.timm(images(32)), model(images(32)))  # with the norm behind the mean
 
 
 def test_an_autoencoder_of_this_project_that_was_saved_as_it_is_loads_as_one(tmp_path):
@@ -166,7 +171,9 @@ def test_an_autoencoder_of_this_project_that_was_saved_as_it_is_loads_as_one(tmp
 # Swin and SimMIM.
 
 
-def pickled_with_settings(path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> str:
+def pickled_with_settings(
+    path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> str:
     """Writes what Swin's and SimMIM's training leaves; yacs is there while it is written only."""
     module: Any = types.ModuleType("yacs.config")
     module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
@@ -175,6 +182,7 @@ def pickled_with_settings(path: Path, tensors: dict[str, Tensor], monkeypatch: p
         patch.setitem(sys.modules, "yacs.config", module)
         config = module.CfgNode({"MODEL": module.CfgNode({"TYPE": "swin"})})
         config.__dict__["__immutable__"] = True
+        config["MODEL"].update(settings)
         others = {"optimizer": {}, "lr_scheduler": {}, "max_accuracy": np.float64(83.5), "epoch": 99, "config": config}
         return saved(path, {"model": tensors, **others, "amp": {"loss_scaler0": {"loss_scale": 65536.0}}})
 
@@ -189,6 +197,18 @@ def test_a_simmim_file_is_an_autoencoder(tmp_path, monkeypatch, name):
     assert (weights.kind, weights.unused) == ("simmim", ())
     assert_same_features(source, model.encoder.timm, 128)
     assert_same_loss(load_autoencoder(source), model)
+
+
+def test_the_target_of_a_simmim_file_is_that_of_its_settings_or_not_told(tmp_path, monkeypatch):
+    options = {"decoder": DecoderConfig(name="linear"), "encode_masked": True, "target": "pixels", "loss": "l1"}
+    for name in (SWIN_NAME, V2_NAME):
+        tensors = in_simmims_layout(build_autoencoder(name, **options, **SWIN))
+        for enabled in (True, False, None):
+            said = {"SIMMIM": {"NORM_TARGET": {"ENABLE": enabled, "PATCH_SIZE": 47}}} if enabled is not None else {}
+            weights = read_weights(pickled_with_settings(tmp_path / "x.pth", tensors, monkeypatch, **said))
+            notes = " ".join(weights.decoder.notes)
+            assert ("windows of 47 x 47" in notes) == (enabled is True)
+            assert ("told by nothing" in notes) == (enabled is None and name == V2_NAME)
 
 
 def test_the_first_networks_of_a_simmim_swin_v2_are_renamed(tmp_path):
@@ -296,6 +316,16 @@ def test_dino_moco_and_others_name_their_encoder_by_a_prefix(tmp_path):
         read_weights(saved(tmp_path / "x.pth", under("a.", state) | under("b.", other)))
 
 
+def test_the_small_vit_of_moco_has_heads_of_its_own(tmp_path):
+    args = {"img_size": 32, "embed_dim": 384, "depth": 1, "num_heads": 12}
+    model = shaken(timm.create_model(VIT_NAME, num_classes=0, **args))
+    for prefix in ("module.base_encoder.", "module.momentum_encoder."):
+        state = {prefix + name: x for name, x in model.state_dict().items()}
+        source = saved(tmp_path / "x.pth", {"state_dict": state})
+        assert read_weights(source).notes == ("12 attention heads, as MoCo v3's ViT-S has them",)
+        assert_same_features(source, model, 32)
+
+
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_is_read_as_timm_reads_it(tmp_path, registers):
     args = VIT | {"img_size": 28, "patch_size": 14, "init_values": 1.0}
@@ -356,12 +386,17 @@ def wrong_files(tmp_path: Path) -> dict[str, tuple[Any, str]]:
     }  # fmt: skip
 
 
-def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path):
+def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path, capsys):
     for name, (content, said) in wrong_files(tmp_path).items():
         source = saved(tmp_path / "x.pth", content)
         with pytest.raises(InputError, match=said) as caught:
             load_encoder(source)
         assert "\n" not in str(caught.value) and "x.pth" in str(caught.value), name
+        with pytest.raises(SystemExit) as ended:
+            run_command(partial(str, source), load_encoder)
+        printed = capsys.readouterr()
+        assert (ended.value.code, printed.out) == (1, ""), name
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, name
 
 
 def test_an_encoder_alone_is_no_autoencoder(tmp_path):

@@ -54,6 +54,17 @@ def test_state_dicts_are_found_where_they_lie(tmp_path, content, place):
     assert said.get("place") == place
 
 
+def test_what_lies_beside_the_model_is_not_read_into_memory(tmp_path, monkeypatch):
+    """Of an archive; files in the format of before torch 1.6 are read as they were."""
+    content = {"model": {"a": torch.arange(3.0)}, "optimizer": {"b": torch.zeros(1000)}}
+    load, mapped = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **how: mapped.append(how["mmap"]) or load(*args, **how))
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for path in (saved(tmp_path / "x.pth", content), tmp_path / "old.pth"):
+        assert torch.equal(read_pickled(path)[0]["a"], torch.arange(3.0))
+    assert mapped == [True, False]
+
+
 def test_code_is_named_and_does_not_run(tmp_path):
     proof = tmp_path / "ran"
     planted = {

@@ -33,7 +33,7 @@ from quarterlight.ssl.layouts import HF_SWIN, HF_SWIN_V2, HF_VIT, HF_VIT_MAE, MA
 from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
 from quarterlight.ssl.masking import random_masking
 from quarterlight.ssl.plain_vit import mae_tensors
-from quarterlight.ssl.released import read_weights
+from quarterlight.ssl.released import load_autoencoder, load_encoder, read_weights
 from quarterlight.ssl.write_transformers import hf_autoencoder, hf_model, image_processor
 
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
@@ -124,6 +124,15 @@ def test_hugging_face_gives_our_loss_for_the_autoencoder_of_a_run(run: Path, tmp
     assert all(torch.equal(back[name], x) for name, x in ours.state_dict().items())
 
 
+def test_a_file_of_a_state_is_read_with_what_its_run_says(run: Path, tmp_path: Path):
+    path = next(run.glob("state/step-*/model.safetensors"))
+    autoencoder = load_autoencoder(str(path))
+    assert autoencoder.encoder.timm.blocks[0].attn.num_heads == autoencoder.decoder.blocks[0].attn.num_heads == 2
+    (tmp_path / "model.safetensors").write_bytes(path.read_bytes())
+    moved = read_weights(str(tmp_path / "model.safetensors"))
+    assert "give the run's folder" in " ".join(moved.decoder.notes) and moved.spec.args["num_heads"] is None
+
+
 FITTING = {
     "vit": encoder,
     "grey vit": lambda: encoder(in_chans=1),
@@ -179,6 +188,15 @@ def test_transformers_computes_the_same(case: str, tmp_path: Path):
             ours = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
             found = theirs(images).last_hidden_state
     torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max().clamp_min(1)))
+
+
+def test_a_folder_for_transformers_whose_images_are_not_square_is_read_back(tmp_path: Path):
+    model = encoder(img_size=(32, 48))  # 4 x 6 patches and a class token, as many as 5 x 5
+    source = file_of(tmp_path / ENCODER_FILE, model, NAME, **SMALL | {"img_size": [32, 48]})
+    publish(source, str(tmp_path / "hf"), ExportConfig(to="transformers"))
+    loaded, _ = load_encoder(str(tmp_path / "hf"))
+    images = noise(model)
+    torch.testing.assert_close(loaded(images), model.forward_features(images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "layout"), [(NAME, HF_VIT), (V1, HF_SWIN), (V2, HF_SWIN_V2)])
@@ -326,10 +344,20 @@ def test_a_folder_that_timm_cannot_load_does_not_stay(vit: tuple[str, Any], tmp_
         return create(name, **more)
 
     monkeypatch.setattr("quarterlight.finetune.publish.timm.create_model", refuse)
-    with pytest.raises(
-        InputError, match=r"timm cannot load what was written \(.*\): it is deleted again; a single file"
-    ):
+    with pytest.raises(InputError, match=r"timm cannot load what was written \(.*\): nothing stays; a single file"):
         publish(vit[0], str(tmp_path / "hub"), ExportConfig(to="timm"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["hub", "x.safetensors"])
+def test_what_timm_computes_otherwise_is_never_there(name: str, vit: tuple[str, Any], tmp_path: Path, monkeypatch: Any):
+    def far(*_: Any) -> float:
+        assert not (tmp_path / name).exists()  # only under another name so far
+        return 2e-4
+
+    monkeypatch.setattr("quarterlight.finetune.publish._difference", far)
+    with pytest.raises(InputError, match="timm's VisionTransformer differs by 2.0e-04 of the largest output"):
+        publish(vit[0], str(tmp_path / name), ExportConfig(to="timm"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -20,7 +21,14 @@ from quarterlight.ssl.encoders import build_encoder
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ENCODER_FILE, ModelSpec, export_hub, export_weights
 from quarterlight.ssl.mae import attach_decoder
-from quarterlight.ssl.released import Weights, encoder_spec, encoder_with_weights, load_weights, read_weights
+from quarterlight.ssl.released import (
+    Weights,
+    encoder_spec,
+    encoder_with_weights,
+    load_encoder,
+    load_weights,
+    read_weights,
+)
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": [32, 32], "in_chans": 3, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -260,7 +268,6 @@ def test_a_timm_name_whose_weights_cannot_be_had_is_refused(tmp_path: Path):
     [
         ({"embed_dim": 96}, "30 of the encoder's 30"),
         ({"depth": 3}, "12 of the encoder's 42"),
-        ({"patch_size": 16, "in_chans": 1}, "1 of the encoder's 30"),
     ],
 )
 def test_weights_of_another_architecture_are_refused_with_counts(vit: nn.Module, change: dict, count: str):
@@ -290,9 +297,20 @@ def test_a_missing_tensor_is_named_and_the_model_is_left_as_it_was(vit: nn.Modul
 
 
 def test_tensors_of_no_use_are_reported(vit: nn.Module):
-    weights = Weights("x", vit.state_dict() | {"teacher.weight": torch.zeros(3)}, None)
+    weights = Weights("x", vit.state_dict(), None, unused=("teacher.weight",))
     _, report = encoder_with_weights(SPEC, weights)
     assert report == "x: 30 of 30 encoder tensors loaded; not used: teacher.weight (1)"
+
+
+@pytest.mark.parametrize("args", [{"init_values": 0.1}, {"pre_norm": True}, {"reg_tokens": 2, "no_embed_class": True}])
+def test_tensors_that_the_encoder_lacks_are_not_dropped_without_a_word(args: dict):
+    """Layer scales, a norm before the blocks and registers move features; all else of the encoder would load."""
+    tensors = {"patch_embed.proj.bias": torch.zeros(48)} | random_vit(**args).state_dict()
+    spec = dataclasses.replace(SPEC, args=ARGS | {"no_embed_class": args.get("no_embed_class", False)})
+    with pytest.raises(InputError, match=r"tensors? that the encoder lacks \((blocks.0.ls1|norm_pre|reg_token).*args"):
+        encoder_with_weights(spec, Weights("x", tensors, None))
+    _, report = encoder_with_weights(spec, Weights("x", tensors, None, allow_partial=True))
+    assert "not used" in report
 
 
 @pytest.mark.parametrize("size", [[48, 48], [16, 16], [32, 64], [64, 32], [24, 40]])
@@ -321,6 +339,25 @@ def test_positions_of_a_grid_that_is_not_square_and_not_known_are_refused():
     weights = Weights("x", dict(random_vit(img_size=[32, 64]).state_dict()), None)
     with pytest.raises(InputError):
         encoder_with_weights(SPEC, weights)
+
+
+def test_positions_of_a_grid_that_shapes_do_not_tell(tmp_path: Path):
+    """4 x 6 patches and a class token; a square that was guessed gives way to the size that is given."""
+    wide = random_vit(img_size=[32, 48])
+    save_file(wide.state_dict(), tmp_path / "x.safetensors")
+    args = {"num_heads": 3, "patch_size": 8}
+    encoder, _ = load_encoder(str(tmp_path / "x.safetensors"), img_size=(32, 48), **args)
+    x = torch.rand(2, 3, 32, 48)
+    torch.testing.assert_close(encoder(x), wide.forward_features(x), rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="24 patches, which is no square grid"):
+        load_encoder(str(tmp_path / "x.safetensors"), **args)
+
+    wide = random_vit(img_size=[32, 72])  # as many as 6 x 6
+    save_file(wide.state_dict(), tmp_path / "y.safetensors")
+    encoder, _ = load_encoder(str(tmp_path / "y.safetensors"), img_size=(32, 72), **args)
+    assert_same(encoder.timm.pos_embed, wide.pos_embed)
+    with pytest.raises(InputError, match="positions of 37 patches beside 0 other .* encoder.args.no_embed_class"):
+        load_encoder(str(tmp_path / "y.safetensors"), no_embed_class=True, **args)
 
 
 def test_positions_of_the_same_grid_stay_to_the_bit():
@@ -379,8 +416,26 @@ def test_an_image_size_may_be_given_twice_but_not_differently():
 
 
 def test_channels_of_data_and_weights_must_agree():
+    given = EncoderConfig(args={"in_chans": 3})
     with pytest.raises(InputError, match="takes 3 channels and data.in_chans is 1"):
-        encoder_spec(EncoderConfig(), DataConfig(train="t", in_chans=1), known())
+        encoder_spec(given, DataConfig(train="t", in_chans=1), known())
+    grey = Weights("x", {}, dataclasses.replace(SPEC, args=ARGS | {"in_chans": 1}))
+    with pytest.raises(InputError, match="takes 1 channels and data.in_chans is 3"):
+        encoder_spec(EncoderConfig(), DATA, grey)
+
+
+def test_weights_of_colors_take_grey_images_as_timm_makes_them(run_dir: Path, vit: nn.Module):
+    """A grey image stands for three equal channels, but for the channels' own normalization."""
+    encoder, transform = load_encoder(str(run_dir), in_chans=1)
+    wanted = timm.models.adapt_input_conv(1, vit.patch_embed.proj.weight)
+    assert_same(encoder.timm.patch_embed.proj.weight, wanted)
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(encoder(grey), vit.forward_features(grey.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
+    assert transform(Image.new("L", (40, 40))).shape == (1, 32, 32)
+    weights = read_weights(str(run_dir))
+    spec = encoder_spec(EncoderConfig(), DataConfig(train="t", in_chans=1), weights)
+    assert spec.args["in_chans"] == 1 and spec.mean == (sum(MEAN) / 3,)
+    assert "patch embedding of 3 channels made one of 1" in encoder_with_weights(spec, weights)[1]
 
 
 def test_means_are_one_value_a_channel():
@@ -410,7 +465,7 @@ def test_weights_of_a_deeper_model_are_refused():
     spec = ModelSpec("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, (0.5,) * 3, (0.5,) * 3)
     deeper, _ = encoder_with_weights(spec, None)
     shallower = ModelSpec(spec.name, spec.args | {"depth": 1}, spec.mean, spec.std)
-    with pytest.raises(InputError, match=r"12 tensors of blocks that the encoder lacks \(blocks.1.attn.*encoder.args"):
+    with pytest.raises(InputError, match=r"12 tensors that the encoder lacks \(blocks.1.attn.*encoder.args"):
         encoder_with_weights(shallower, Weights("deeper", dict(deeper.timm.state_dict()), spec))
 
 

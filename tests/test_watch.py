@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY
-from ranks import LONG, Nursery, Rank, is_running, steps_logged, wait_until
+from conftest import TINY, TINY_PRETRAIN
+from ranks import LONG, PRETRAIN, Nursery, Rank, is_running, steps_logged, wait_until
+
+from quarterlight.ssl.encoders import build_encoder
+from quarterlight.ssl.export import ModelSpec, export_weights
 
 HERE = re.escape(socket.gethostname())
 
@@ -37,6 +40,25 @@ def wait_for_beats(run_dir: Path, ranks: list[Rank]) -> None:
     time.sleep(3)  # each says more than once a second where it is
     reached = steps_logged(run_dir)
     wait_until(lambda: steps_logged(run_dir) > reached + 1, alive=ranks)
+
+
+ELSEWHERE = """
+if os.environ["RANK"] == "1":
+    sys.argv = [word.replace("here.safetensors", "gone.safetensors") for word in sys.argv]
+"""  # the other machine has no such file
+
+
+def test_where_one_machine_lacks_the_weights_all_end_with_the_same_sentence(nursery, shards, tmp_path):
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 3}
+    name = TINY_PRETRAIN["encoder.name"]
+    model = build_encoder(name, **args).timm
+    export_weights(tmp_path / "here.safetensors", model, ModelSpec(name, args, (0.5,) * 3, (0.5,) * 3), {})
+    given = {key: value for key, value in LONG.items() if not key.startswith("encoder")}
+    given |= {"data.train": shards[0], "run_dir": str(tmp_path / "run"), "init": str(tmp_path / "here.safetensors")}
+    with nursery.run(2, given, code=ELSEWHERE + PRETRAIN) as ranks:
+        assert [rank.ended() for rank in ranks] == [1, 1]
+        for rank in ranks:
+            assert "gone.safetensors: no such file" in " ".join(rank.errors()), rank.said()
 
 
 def test_a_stopped_process_ends_the_run_by_name(running, tmp_path):
