@@ -149,7 +149,8 @@ def test_fine_tuning_is_run_for_each_draw_stopped_and_continued(shards, tmp_path
         ({"shots": "[0]"}, "shots is 0: it must be at least 1"),
         ({"method": "both"}, "give --finetune_config"),
         ({"method": "both", "finetune_config": "[nowhere.yaml]"}, "nowhere.yaml: no such file"),
-        ({"encoder.name": "swin_tiny_patch4_window7_224", "encoder.args": "{}", "data.img_size": "64",
+        ({"encoder.name": "swin_tiny_patch4_window7_224", "data.img_size": "32",
+          "encoder.args": "{embed_dim: 12, depths: [1, 1], num_heads: [1, 1], window_size: 2}",
           "input": "token"}, "input token: this encoder has only avg"),
     ],
 )  # fmt: skip
