@@ -78,7 +78,8 @@ def model_card(
     if story.data:
         parts.append("## Data\n\n" + "\n".join(f"- {name}" for name in story.data))
     if story.config:
-        text = yaml.safe_dump(story.config, sort_keys=False).strip()
+        dumped = yaml.safe_dump(story.config, sort_keys=False)
+        text = dumped.strip()
         parts.append(
             f"## Recipe\n\n<details><summary>options of the run</summary>\n\n```yaml\n{text}\n```\n\n</details>"
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+from quarterlight.finetune.config import FinetuneConfig, FinetuneDataConfig, LinearProbeConfig
 from quarterlight.finetune.probe_config import FewShotConfig, TrainProbeConfig
 from quarterlight.ssl.command import parse_config
 from quarterlight.ssl.config import (
@@ -24,6 +24,7 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.runs import git_commit, open_run, plain, write_run_files
 
 DATA = DataConfig(train="train.tar")
+TUNING_DATA = FinetuneDataConfig(train="train.tar")
 
 
 def begin(run_dir: Path, config: RunConfig) -> None:
@@ -165,7 +166,7 @@ def test_a_run_of_another_command_is_refused(config: PretrainConfig, run_dir: Pa
 
 def test_fine_tuning_in_the_folder_of_a_pretraining_is_refused(tmp_path: Path):
     before = PretrainConfig(run_dir=str(tmp_path / "x"), data=DATA, epochs=2.0, init="runs/y")
-    tuning = FinetuneConfig(run_dir=str(tmp_path / "x"), data=DATA, epochs=2.0, init="runs/y")
+    tuning = FinetuneConfig(run_dir=str(tmp_path / "x"), data=TUNING_DATA, epochs=2.0, init="runs/y")
     same = OptimConfig(base_lr=tuning.optim.base_lr, min_lr=tuning.optim.min_lr, betas=tuning.optim.betas)
     begin(tmp_path / "x", dataclasses.replace(before, optim=same))
     refusal(tuning)
@@ -199,7 +200,8 @@ def test_the_written_config_runs_again_as_it_is(config: PretrainConfig):
 
 def test_the_written_config_of_every_stage_is_that_stage_again(tmp_path: Path):
     for stage in (PretrainConfig, FinetuneConfig, LinearProbeConfig, TrainProbeConfig, FewShotConfig):
-        config = stage(run_dir=str(tmp_path / stage.__name__), data=DATA)
+        data = TUNING_DATA if stage is FinetuneConfig else DATA
+        config = stage(run_dir=str(tmp_path / stage.__name__), data=data)
         write_run_files(tmp_path / stage.__name__, config)
         file = tmp_path / stage.__name__ / "config.yaml"
         assert parse_config(stage, "", ["--config", str(file)]) == config

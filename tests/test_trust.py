@@ -93,7 +93,9 @@ def test_no_code_is_read_from_files_anywhere():
             if name.startswith(("np.", "numpy.")) and last in ("load", "save", "savez"):
                 assert keywords.get("allow_pickle", last != "load") is (last != "load"), (where, name)
             assert not name.startswith("yaml.") or last in ("safe_load", "safe_dump"), (where, name)
-            assert "trust_remote_code" not in keywords and name != "torch.save", where
+            assert "trust_remote_code" not in keywords, where
+            # MAE's own layout is a pickle of tensors; nothing else that leaves is one
+            assert name != "torch.save" or where == "finetune/publish.py", where
             assert not name.startswith(("torch.jit.", "load_checkpoint_")), (where, name, "see SECURITY.md")
 
 
