@@ -136,7 +136,7 @@ def test_fine_tuning_is_run_for_each_draw_stopped_and_continued(shards, tmp_path
     images = [json.loads(path.read_text())["train_samples"] for path in runs.glob("*/environment.json")]
     assert images == [4]  # one of each class
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
-    start(shards, tmp_path / "run", **given)
+    start(shards, given.pop("run_dir"), **given)
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")} == before  # nothing is run again
 
 
