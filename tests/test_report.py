@@ -112,7 +112,7 @@ def test_a_page_about_real_runs_has_their_figures_options_and_pictures(real):
         assert told in page.text
     assert "Masked-autoencoder pretraining of vit_tiny_patch16_224 (patch_size 4, " in page.text
     assert page.text.count("Begins with mae") == 2  # the probe and fine-tuning
-    assert "avg with batch norm" in page.text  # a curve of linear probes for each kind of them
+    assert "avg with batch norm" in path.read_text()  # a curve of linear probes for each kind of them
     assert "step 4" in page.text and "step 12" in page.text and "reconstructions.png" in page.text
     assert "None." in page.text  # no unreadable samples
 
