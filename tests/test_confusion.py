@@ -36,7 +36,7 @@ def test_the_matrix_is_scikit_learns():
         outcomes = judged(classes, images)
         wanted = by_sklearn(outcomes.labels, outcomes.predicted, labels=range(classes))
         assert np.array_equal(confusion_matrix(outcomes, classes), wanted)
-        for block in (2, 3):
+        for block in (b for b in (2, 3) if b < classes):  # of one block alone scikit-learn warns
             of_blocks = by_sklearn(
                 outcomes.labels // block, outcomes.predicted // block, labels=range(-(-classes // block))
             )

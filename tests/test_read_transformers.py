@@ -32,7 +32,7 @@ from transformers import (
     ViTModel,
 )
 
-from quarterlight.ssl import huggingface
+from quarterlight.ssl import read_transformers
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.masking import random_masking
 from quarterlight.ssl.released import load_autoencoder, load_encoder
@@ -211,7 +211,7 @@ def test_what_the_hub_does_not_give_is_said(tmp_path, monkeypatch, error, said):
             return str(source / file)
         raise error
 
-    monkeypatch.setattr(huggingface, "hf_hub_download", download)
+    monkeypatch.setattr(read_transformers, "hf_hub_download", download)
     if said is None:
         assert read_weights("hf-hub:someone/vit").kind == "hf-vit"
         return
