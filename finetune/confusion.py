@@ -1,7 +1,5 @@
 """The confusion matrix and the accuracy of each class, as tables and as a picture."""
 
-import csv
-import io
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +13,7 @@ from quarterlight.ssl.errors import printable
 from quarterlight.ssl.files import replace_file, write_text
 
 from .evaluate import Outcomes
+from .tables import csv_text
 
 MOST_CLASSES = 2000  # in the matrix as a table, of 10 MB then; the classes of more are in per_class.csv
 NAMED_CLASSES, NUMBERED_CLASSES = 40, 20  # up to which the picture has names, and numbers in its cells
@@ -27,14 +26,14 @@ def write_evaluation(run_dir: Path, outcomes: Outcomes, names: Sequence[str], *,
 
     `names` are those of all classes, in label order. Rows of the matrix are labels, columns are predictions.
     """
-    write_text(run_dir / f"per_class{which}.csv", _csv(_per_class(outcomes, names)))
+    write_text(run_dir / f"per_class{which}.csv", csv_text(_per_class(outcomes, names)))
     if len(names) <= MOST_CLASSES:
         matrix = confusion_matrix(outcomes, len(names))
         rows = [
             ["label \\ predicted", *names],
             *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True)),
         ]
-        write_text(run_dir / f"confusion{which}.csv", _csv(rows))
+        write_text(run_dir / f"confusion{which}.csv", csv_text(rows))
     figure = draw(outcomes, names)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font has not: boxes in its place
@@ -73,12 +72,6 @@ def _per_class(outcomes: Outcomes, names: Sequence[str]) -> list[list[Any]]:
         )
         rows.append([label, name, images[label], top1, predictions[label], precision])
     return rows
-
-
-def _csv(rows: list[list[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def draw(outcomes: Outcomes, names: Sequence[str]) -> Any:

@@ -1,8 +1,6 @@
 """Accuracy with few labels a class: logistic regression on frozen features, and fine-tuning, over several draws."""
 
-import csv
 import hashlib
-import io
 import json
 import shlex
 import statistics
@@ -34,6 +32,7 @@ from .logistic import fit_logistic
 from .probe_config import FewShotConfig
 from .probe_grid import inputs_of
 from .sub_runs import finished_result, run_to_its_end
+from .tables import csv_text
 
 
 class Score(NamedTuple):
@@ -81,7 +80,7 @@ def few_shot(config: FewShotConfig, finetune_script: Path) -> list[Score]:
                 print(f"stopped: {run_dir} keeps what is done, the same command goes on", flush=True)
             raise
     if accelerator.is_main_process:
-        write_text(run_dir / "few_shot.csv", _as_csv(scores))
+        write_text(run_dir / "few_shot.csv", csv_text([Score._fields, *scores]))
         facts = {"val_images": len(opened.val), "scores": [score._asdict() for score in scores]}
         write_result(run_dir, "few_shot", finished=True, table=summary(scores), **facts)
         print(f"{printed(scores)}\ndone: {run_dir / 'few_shot.csv'}", flush=True)
@@ -204,11 +203,3 @@ def printed(scores: list[Score]) -> str:
         cells = [f"{x['mean']:.2f} +- {x['sd']:.2f} %" if (x := table[m].get(count)) else "" for m in table]
         lines.append(f"{count:>14}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
-
-
-def _as_csv(scores: list[Score]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Score._fields)
-    writer.writerows(scores)
-    return text.getvalue()

@@ -1,7 +1,5 @@
 """The nearest neighbors of images by cosine similarity of their features: a table, and a picture of the first ones."""
 
-import csv
-import io
 import json
 import os
 import tempfile
@@ -22,6 +20,7 @@ from quarterlight.ssl.runs import write_result
 from .embed import embed, open_embedder
 from .embeddings import Embeddings
 from .neighbors_picture import draw_neighbors
+from .tables import csv_text
 from .use_config import CropConfig, EmbedConfig, NeighborsConfig
 
 COLUMNS = ("query_path", "query_key", "query_label", "rank", "path", "key", "label", "similarity")
@@ -151,11 +150,7 @@ def _label(embeddings: Embeddings, number: int) -> int | str:
 
 
 def _write_csv(path: Path, rows: Sequence[tuple[Any, ...]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    data = text.getvalue().encode("utf-8", "surrogateescape")
+    data = csv_text([COLUMNS, *rows]).encode("utf-8", "surrogateescape")
     replace_file(path, lambda partial: partial.write_bytes(data))
 
 

@@ -4,8 +4,6 @@ After Naseer et al. 2021 (arXiv:2105.10497). What is dropped or shuffled is a fu
 the same for any number of processes, and every image is counted once.
 """
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from .heads import load_classifier
 from .inputs import InputSamples, open_images
 from .network import crop_of, in_chans, open_weights
 from .robustness_picture import draw_robustness
+from .tables import csv_text
 from .use_config import RobustnessConfig
 
 
@@ -128,11 +127,8 @@ def _row(damage: Damage, condition: Condition, correct: int, images: int) -> dic
 
 def _leave(run_dir: Path, result: dict[str, Any], name: str) -> None:
     rows = result["curves"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(run_dir / "robustness.csv", text.getvalue())
+    table = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
+    write_text(run_dir / "robustness.csv", csv_text(table))
     draw_robustness(run_dir / "robustness.png", rows, f"{name}, {result['images']:,} images", result["patch"])
     write_result(run_dir, "evaluate", finished=True, **result)
     print("\n".join(_lines(rows)))

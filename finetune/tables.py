@@ -1,6 +1,7 @@
 """Tables with a row for each image, as CSV or Parquet, written a block of rows at a time."""
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,13 @@ def check_out(out: str, suffixes: Sequence[str]) -> Path:
     if path.suffix == PARQUET:
         _pyarrow()
     return path
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Returns rows as CSV, the first of them the names of the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_table(path: Path, kind: str, columns: dict[str, str], blocks: Iterable[Rows]) -> None:
