@@ -40,15 +40,16 @@ def evaluate_only(config: FinetuneConfig) -> Figures:
     if config.data.val is None or config.init in (None, "none"):
         missing = "data.val" if config.data.val is None else "init"
         raise InputError(f"{missing} is not given: eval_only evaluates the classifier that init names on data.val")
-    config = as_the_weights_say(config)
+    weights = read_weights(config.init)
+    config = as_the_weights_say(config, weights)
     # The shards to evaluate on stand where a stage opens those to train on: there are no others.
     data = dataclasses.replace(config.data, train=config.data.val, val=None, train_weights=None)
-    opened = open_stage(dataclasses.replace(config, data=data), config.init)
-    val, accelerator, weights = opened.train, opened.accelerator, opened.weights
-    assert weights is not None
+    opened = open_stage(dataclasses.replace(config, data=data), config.init, weights=weights)
+    val, accelerator = opened.train, opened.accelerator
+    assert opened.weights is not None
     refuse_damage(val)
     refuse_unlabelled(val.label, "data.val", val.label_defects())
-    classifier, spec, report = load_classifier(opened.spec, weights)
+    classifier, spec, report = load_classifier(opened.spec, opened.weights)
     if (largest := int(val.label.max())) >= classifier.num_classes:
         raise InputError(
             f"there are labels up to {largest} in data.val, and the classifier of {config.init} has "
@@ -91,12 +92,11 @@ def evaluate_only(config: FinetuneConfig) -> Figures:
     return figures
 
 
-def as_the_weights_say(config: FinetuneConfig) -> FinetuneConfig:
+def as_the_weights_say(config: FinetuneConfig, weights: Weights) -> FinetuneConfig:
     """Returns the settings with the crop that `init` was evaluated with, unless one is given, and its channels."""
-    init, data = str(config.init), config.data
-    known = read_weights(init).spec
+    data, known = config.data, weights.spec
     chans: Any = config.encoder.args.get("in_chans", data.in_chans if known is None else known.args.get("in_chans", 3))
-    crop_pct = own_crop_pct(init) if data.crop_pct is None else data.crop_pct
+    crop_pct = own_crop_pct(str(config.init)) if data.crop_pct is None else data.crop_pct
     return dataclasses.replace(config, data=dataclasses.replace(data, crop_pct=crop_pct, in_chans=chans))
 
 

@@ -74,10 +74,17 @@ class Opened:
         return Samples(index, order, transform, self.config.seed, self.config.data.in_chans, masks, small)
 
 
-def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False, with_decoder: bool = False) -> Opened:
+def open_stage(
+    config: RunConfig,
+    init: str | None,
+    *,
+    untrained: bool = False,
+    with_decoder: bool = False,
+    weights: Weights | None = None,
+) -> Opened:
     """Returns the surroundings that `config` names; `untrained` takes only the architecture from `init`.
 
-    `with_decoder` takes the decoder of a run in `init`, too.
+    `with_decoder` takes the decoder of a run in `init`, too. `weights` are those in `init` where they have been read.
 
     Raises InputError for whatever cannot be used.
     """
@@ -85,7 +92,7 @@ def open_stage(config: RunConfig, init: str | None, *, untrained: bool = False, 
     run_dir = _open_shared_run(config, accelerator)
     data = config.data
     # before the shards, which may take long; on all machines alike, or those that have the file would wait
-    weights, spec = on_all(lambda: _weights_and_spec(config, init, with_decoder))
+    weights, spec = on_all(lambda: _weights_and_spec(config, init, with_decoder, weights))
     if data.train_weights is not None and len(data.train_weights) != (count := len(sources(data.train))):
         raise InputError(
             f"data.train_weights has {len(data.train_weights)} numbers for {count} sources in data.train: give one each"
@@ -135,10 +142,13 @@ def _open_shared_run(config: RunConfig, accelerator: Accelerator) -> Path:
     return run_dir
 
 
-def _weights_and_spec(config: RunConfig, init: str | None, with_decoder: bool) -> tuple[Weights | None, ModelSpec]:
-    weights = None
-    if init not in (None, "none"):
-        weights = replace(read_weights(init, with_decoder=with_decoder), allow_partial=config.allow_partial)
+def _weights_and_spec(
+    config: RunConfig, init: str | None, with_decoder: bool, weights: Weights | None
+) -> tuple[Weights | None, ModelSpec]:
+    if weights is None and init not in (None, "none"):
+        weights = read_weights(init, with_decoder=with_decoder)
+    if weights is not None:
+        weights = replace(weights, allow_partial=config.allow_partial)
     return weights, encoder_spec(config.encoder, config.data, weights)
 
 
