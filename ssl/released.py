@@ -72,10 +72,8 @@ def load_autoencoder(
     spec = _spec_for(weights, img_size, None, {})
     encoder, _ = encoder_with_weights(spec, weights)
     encoder.train_positions(False)
-    known = weights.decoder
-    said = {"decoder": known.config, "target": known.target, "loss": known.loss, "encode_masked": known.encode_masked}
-    said["pca_components"] = known.pca_components
-    autoencoder = attach_decoder(encoder, in_chans=spec.args.get("in_chans", 3), **(said | options))
+    said = weights.decoder.options() | options
+    autoencoder = attach_decoder(encoder, in_chans=spec.args.get("in_chans", 3), **said)
     load_decoder(autoencoder, weights)
     return autoencoder.eval()
 

@@ -49,6 +49,11 @@ class DecoderWeights:
     pca_components: int = 96
     notes: tuple[str, ...] = ()
 
+    def options(self) -> dict[str, Any]:
+        """Returns the arguments of `mae.attach_decoder` that build it."""
+        names = ("target", "loss", "encode_masked", "pca_components")
+        return {"decoder": self.config} | {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Weights:

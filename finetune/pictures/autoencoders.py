@@ -47,16 +47,8 @@ def load_subject(init: str | None, given: EncoderConfig, *, untrained: bool, see
     run_dir = Path(init).expanduser() if init is not None and Path(init).expanduser().is_dir() else None
     run = pretraining_of(run_dir) if run_dir is not None else None
     autoencoder = None
-    if weights is not None and (known := weights.decoder) is not None:
-        autoencoder = attach_decoder(
-            encoder,
-            in_chans=data.in_chans,
-            decoder=known.config,
-            target=known.target,
-            pca_components=known.pca_components,
-            loss=known.loss,
-            encode_masked=known.encode_masked,
-        )
+    if weights is not None and weights.decoder is not None:
+        autoencoder = attach_decoder(encoder, in_chans=data.in_chans, **weights.decoder.options())
         report += "" if untrained else f"; {load_decoder(autoencoder, weights)}"
     elif untrained or weights is None:
         autoencoder = attach_decoder(encoder, in_chans=data.in_chans, decoder=DecoderConfig(), target="norm_pix")
