@@ -26,17 +26,15 @@ from quarterlight.ssl.export import (
     run_facts,
 )
 from quarterlight.ssl.index import ShardIndex, class_names
-from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_adamw, build_schedule
-from quarterlight.ssl.order import FileOrder, labelled_subset
+from quarterlight.ssl.order import labelled_subset
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.processes import micro_batch_size, until_stopped
 from quarterlight.ssl.recompute import checkpoint_blocks, transformer_blocks
 from quarterlight.ssl.runs import write_result, write_run_files
 from quarterlight.ssl.sharding import Whole, block_names
 from quarterlight.ssl.signals import StopSignals
-from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
 from quarterlight.ssl.task import Figures, Hooks, Task
 
@@ -44,7 +42,7 @@ from .config import FinetuneConfig
 from .confusion import named_classes, write_evaluation
 from .duplicates import warn_of_shared
 from .eval_only import evaluate_only
-from .evaluate import outcomes
+from .evaluate import loader_of_all, outcomes
 from .heads import build_classifier, layer_decay_groups
 from .mixing import MixedLoss, class_weights_for
 from .partial import freeze
@@ -150,9 +148,7 @@ def _hooks(
     accelerator, run_dir = opened.accelerator, opened.run_dir
     task, classifier = whole.module, whole.module.classifier
     crop = CenterCrop(pair(classifier.patch_embed.img_size), config.data.crop_pct)
-    samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
-    spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True, fetching=opened.fetching)
+    loader = loader_of_all(opened, val, crop, micro, persistent=True)
     names = class_names(opened.train)
     told = {} if names is None or len(names) != classifier.num_classes else {"class_names": names}
 

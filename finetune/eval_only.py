@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from quarterlight.ssl.attention import choose_attention
@@ -11,20 +10,17 @@ from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.batches import refuse_unlabelled
 from quarterlight.ssl.errors import InputError, printable
 from quarterlight.ssl.index import ShardIndex, class_names, refuse_damage
-from quarterlight.ssl.loader import build_loader
-from quarterlight.ssl.order import FileOrder
 from quarterlight.ssl.patches import pair
 from quarterlight.ssl.processes import until_stopped
 from quarterlight.ssl.released import Weights, read_weights
 from quarterlight.ssl.runs import write_result, write_run_files
 from quarterlight.ssl.signals import StopSignals
-from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import open_stage
 from quarterlight.ssl.task import Figures
 
 from .config import FinetuneConfig
 from .confusion import named_classes, write_evaluation
-from .evaluate import outcomes
+from .evaluate import loader_of_all, outcomes
 from .heads import load_classifier
 from .network import own_crop_pct
 from .stopping import stoppable
@@ -64,14 +60,8 @@ def evaluate_only(config: FinetuneConfig) -> Figures:
             print(advice, flush=True)
     classifier.to(accelerator.device)
     choose_attention(classifier, accelerator.device, config.precision)
-    spans = EvalSpans(
-        len(val),
-        batch_size=config.micro_batch_size or -(-config.batch_size // accelerator.num_processes),
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    samples = opened.samples(val, FileOrder(np.arange(len(val))), CenterCrop(size, config.data.crop_pct))
-    loader = build_loader(samples, spans, num_workers=config.num_workers, fetching=opened.fetching)
+    micro = config.micro_batch_size or -(-config.batch_size // accelerator.num_processes)
+    loader = loader_of_all(opened, val, CenterCrop(size, config.data.crop_pct), micro)
     normalize = Normalize(spec.mean, spec.std).to(accelerator.device)
 
     def leave(signals: StopSignals) -> None:

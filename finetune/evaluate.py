@@ -11,9 +11,26 @@ from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from quarterlight.ssl.augment import CenterCrop
 from quarterlight.ssl.batches import BadSample, Batch, refuse_bad
+from quarterlight.ssl.index import ShardIndex
+from quarterlight.ssl.loader import Loader, build_loader
+from quarterlight.ssl.order import FileOrder
+from quarterlight.ssl.spans import EvalSpans
+from quarterlight.ssl.stage import Opened
 
 CALIBRATION_BINS = 15
+
+
+def loader_of_all(
+    opened: Opened, index: ShardIndex, crop: CenterCrop, batch_size: int, *, persistent: bool = False
+) -> Loader:
+    """Returns a loader of this process's part of all images in `index`, `batch_size` at a time, in file order."""
+    accelerator, workers = opened.accelerator, opened.config.num_workers
+    samples = opened.samples(index, FileOrder(np.arange(len(index))), crop)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    spans = EvalSpans(len(index), batch_size=batch_size, rank=rank, world_size=world_size)
+    return build_loader(samples, spans, num_workers=workers, persistent=persistent, fetching=opened.fetching)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -18,21 +17,19 @@ from quarterlight.ssl.engine import train
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import CLASSIFIER_FILE, ModelSpec, export_weights, run_facts
 from quarterlight.ssl.index import ShardIndex, class_names
-from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.log import RunLog
 from quarterlight.ssl.optim import build_schedule
-from quarterlight.ssl.order import FileOrder, labelled_subset
+from quarterlight.ssl.order import labelled_subset
 from quarterlight.ssl.processes import micro_batch_size, until_stopped
 from quarterlight.ssl.runs import write_result, write_run_files
 from quarterlight.ssl.sharding import Whole, is_sharded
 from quarterlight.ssl.signals import StopSignals
-from quarterlight.ssl.spans import EvalSpans
 from quarterlight.ssl.stage import Opened, open_stage
 from quarterlight.ssl.task import Figures, Hooks, Task
 
 from .classify import classes_of
 from .duplicates import warn_of_shared
-from .evaluate import evaluate
+from .evaluate import evaluate, loader_of_all
 from .features import digest_of, open_encoder
 from .frozen import FrozenClassifier, build_head, fold
 from .intervals import wilson
@@ -127,9 +124,7 @@ def _hooks(
     """Returns what a probe adds to the loop: evaluation, and the release."""
     accelerator, task = opened.accelerator, whole.module
     crop = CenterCrop(task.classifier.encoder.img_size, config.data.crop_pct)
-    samples = opened.samples(val, FileOrder(np.arange(len(val))), crop)
-    spans = EvalSpans(len(val), batch_size=micro, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loader = build_loader(samples, spans, num_workers=config.num_workers, persistent=True, fetching=opened.fetching)
+    loader = loader_of_all(opened, val, crop, micro, persistent=True)
     names = class_names(opened.train)
     told: dict[str, Any] = {} if names is None or len(names) != spec.args["num_classes"] else {"class_names": names}
 
