@@ -100,33 +100,6 @@ def open_encoder(opened: Opened) -> FrozenEncoder:
     return FrozenEncoder(encoder, Normalize(opened.spec.mean, opened.spec.std).to(device), report)
 
 
-def extract(
-    encoder: Encoder,
-    normalize: nn.Module,
-    samples: Samples,
-    accelerator: Accelerator,
-    cache: Path,
-    *,
-    batch_size: int,
-    num_workers: int,
-    fetching: Fetching | None = None,
-    signals: StopSignals | None = None,
-) -> tuple[Features, Int[Tensor, " n"]]:
-    """Returns `pooled` features and labels of all samples in their order, on the CPU; see `extract_table`."""
-    table = extract_table(
-        encoder,
-        normalize,
-        samples,
-        accelerator,
-        cache,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        fetching=fetching,
-        signals=signals,
-    )
-    return table.load(), table.labels()
-
-
 def feature_names(encoder: Encoder, *, layers: bool = True) -> list[str]:
     """Returns the names of the features that `extract_table` will find, before anything is computed."""
     model: Any = encoder.timm

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quarterlight.finetune import features as features_module
-from quarterlight.finetune.features import extract, extract_table
+from quarterlight.finetune.features import extract_table
 from quarterlight.ssl.augment import CenterCrop, Normalize
 from quarterlight.ssl.batches import Samples
 from quarterlight.ssl.encoders import build_encoder
@@ -48,6 +49,12 @@ def encoder(**changes: object) -> ViTEncoder:
 def samples(patterns: str, *, crop_pct: float = 1.0) -> Samples:
     index = open_index(patterns)
     return Samples(index, FileOrder(np.arange(len(index))), CenterCrop((32, 32), crop_pct), 0)
+
+
+def extract(*given: Any, **loading: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns features and labels of all samples."""
+    table = extract_table(*given, **loading)
+    return table.load(), table.labels()
 
 
 def extracted(
