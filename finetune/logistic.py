@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from quarterlight.ssl.ridge import standardized
 from quarterlight.ssl.watch import alive
 
 MOST_STEPS = 2000
@@ -31,10 +32,7 @@ def fit_logistic(
     It minimizes c * (sum of cross-entropies) + |weight|^2 / 2 over standardized features; the bias is free. Of classes
     that no label names nothing is ever predicted.
     """
-    x = features.double()
-    mean, std = x.mean(dim=0), x.std(dim=0, unbiased=False)
-    scale = torch.where(std > 1e-12, std, 1.0)
-    x = (x - mean) / scale
+    x, mean, scale = standardized(features)
     weight = torch.zeros(x.shape[1], num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
     given = {"max_iter": MOST_STEPS, "max_eval": 2 * MOST_STEPS, "history_size": 20, "line_search_fn": "strong_wolfe"}

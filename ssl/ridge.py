@@ -23,6 +23,19 @@ class Ridge(NamedTuple):
         return (features.to(self.weight) @ self.weight + self.bias).argmax(dim=1)
 
 
+def standardized(
+    features: Float[Tensor, "n D"],
+) -> tuple[Float[Tensor, "n D"], Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Returns the features in float64 with mean 0 and variance 1, and the mean and scale that they had.
+
+    A scale is 1 where a feature does not vary, as in scikit-learn's StandardScaler.
+    """
+    x = features.double()
+    mean, std = x.mean(dim=0), x.std(dim=0, unbiased=False)
+    scale = torch.where(std > 1e-12, std, 1.0)
+    return (x - mean) / scale, mean, scale
+
+
 @torch.no_grad()
 def fit_ridge(
     features: Float[Tensor, "n D"],
@@ -37,10 +50,7 @@ def fit_ridge(
     residual of a feature that is left out follows from the one of the whole fit (Golub, Heath & Wahba 1979), so all of
     them cost one decomposition of a D x D matrix, and nothing is held out. In float64: O(n D (D + classes)).
     """
-    x = features.double()
-    mean, std = x.mean(dim=0), x.std(dim=0, unbiased=False)
-    scale = torch.where(std > 1e-12, std, 1.0)
-    x = (x - mean) / scale
+    x, mean, scale = standardized(features)
     targets = F.one_hot(labels, num_classes).double()
     prior = targets.mean(dim=0)
     eigenvalues, vectors = torch.linalg.eigh(x.T @ x)
