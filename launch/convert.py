@@ -8,7 +8,7 @@ the classifier) under timm's names, with the architecture and normalization as m
 from typing import Any
 
 from quarterlight.ssl.command import instantiate, parse, parser_for, run_command
-from quarterlight.ssl.config import ConvertConfig
+from quarterlight.ssl.convert_config import ConvertConfig
 
 WORDS = [("init", "weights to convert"), ("out", "file to write, which ends in .safetensors")]
 

@@ -235,26 +235,6 @@ class PretrainConfig(StageConfig):
     """Looks at how well the encoder's features tell classes apart, by k-NN and a linear classifier."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """How released weights become a file of this project."""
-
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """Which timm model the weights are of, where they do not say."""
-    in_chans: int | None = None
-    """Channels of the images. null: what the weights say."""
-    mean: tuple[float, ...] | None = None
-    """Channel means that the weights expect; null: what they say, else ImageNet's."""
-    std: tuple[float, ...] | None = None
-    """Channel standard deviations that the weights expect; null: what they say, else ImageNet's."""
-    head: bool = True
-    """Keep a classifier's head, where there is one: the file then is a classifier. false: the encoder only."""
-    merge_order: Literal["swin", "greenmim2022"] | None = None
-    """For GreenMIM only: greenmim2022 for files released in May 2022, swin for those trained with code since 2023."""
-    allow_partial: bool = False
-    """Take weights that lack some of the encoder's tensors, which then have initial values. false: refuse them."""
-
-
 def steps_in(what: str, steps: int | None, epochs: float | None, *, samples: int, batch_size: int) -> int:
     """Returns a length in steps, given in steps or in epochs (rounded up, so that no sample is short of an epoch).
 

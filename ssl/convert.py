@@ -8,7 +8,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from .config import ConvertConfig, DataConfig
+from .config import DataConfig
+from .convert_config import ConvertConfig
 from .encoders import create_timm_model
 from .errors import InputError
 from .export import ModelSpec, export_weights

@@ -23,7 +23,12 @@ from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.shard_config import ShardsConfig
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (ROOT / "ssl" / "config.py", ROOT / "finetune" / "config.py", ROOT / "finetune" / "probe_config.py")
+SOURCES = (
+    ROOT / "ssl" / "config.py",
+    ROOT / "ssl" / "convert_config.py",
+    ROOT / "finetune" / "config.py",
+    ROOT / "finetune" / "probe_config.py",
+)
 STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear_probe": LinearProbeConfig}
 STAGES["train_probe"] = TrainProbeConfig
 RECIPES = [path for stage in STAGES for path in sorted((ROOT / "configs" / stage).glob("*.yaml"))]

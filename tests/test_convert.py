@@ -28,8 +28,9 @@ from test_kinds import (
 )
 from torchvision.transforms import v2
 
-from quarterlight.ssl.config import ConvertConfig, DataConfig, EncoderConfig
+from quarterlight.ssl.config import DataConfig, EncoderConfig
 from quarterlight.ssl.convert import convert
+from quarterlight.ssl.convert_config import ConvertConfig
 from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.export import ModelSpec, export_weights
 from quarterlight.ssl.released import encoder_with_weights, load_encoder

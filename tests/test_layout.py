@@ -102,6 +102,7 @@ ORDER = [
     "spec",
     "relative_tables",
     "released",
+    "convert_config",
     "convert",
     "export_config",
     "layouts",
