@@ -14,24 +14,26 @@ import torch
 WARMUP = 2  # rounds that count for nothing
 
 
-def interleaved(steps: dict[Any, Callable[[int], object]], rounds: int, device: str) -> dict[Any, list[float]]:
+def interleaved(
+    steps: dict[Any, Callable[[int], object]], rounds: int, device: str, *, warmup: int = WARMUP, first: int = 0
+) -> dict[Any, list[float]]:
     """Returns the seconds that each step, a function of the round, took in every round after the warm-up.
 
-    Each round takes every step once and begins with another, so that noise from outside meets all alike. On one thread
-    of a CPU it is the time of the process, which neighbors do not lengthen.
+    Each round takes every step once and begins with another, the first with number `first`, so that noise from outside
+    meets all alike. On one thread of a CPU it is the time of the process, which neighbors do not lengthen.
     """
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for r in range(WARMUP + rounds):
-        first = r % len(names)
-        for name in names[first:] + names[:first]:
+    for r in range(warmup + rounds):
+        begin = (first + r) % len(names)
+        for name in names[begin:] + names[:begin]:
             wait()
             start = clock()
             steps[name](r)
             wait()
-            if r >= WARMUP:
+            if r >= warmup:
                 seconds[name].append(clock() - start)
     return seconds
 

@@ -1,0 +1,207 @@
+"""Every run behind benchmarks/results/cifar10_story_*.md, and the page itself.
+
+python launch/shards.py cifar10 shards/cifar10
+python benchmarks/cifar10.py --shards shards/cifar10 --dir runs/cifar10 --scale cpu --jobs 2
+python benchmarks/cifar10.py --dir runs/cifar10 --scale cpu --page benchmarks/results/cifar10_story_2cpu.md
+
+`cpu`: recipes of 6 blocks that two cores do in some three hours in all. `gpu`: the whole recipes, and a hundred epochs
+to compare options. What is finished is left alone and what was stopped continues, so after a kill the same command goes
+on. `--list` prints the commands, each of which can be run by itself.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SEEDS = 0, 1, 2
+PLAIN = {None: "null", True: "true", False: "false"}
+ONLY_AT_THE_END = 10**9  # steps between two looks at the features
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command of launch/ and the folder it leaves."""
+
+    group: str  # the table it stands in
+    name: str
+    command: str
+    config: str
+    options: dict[str, Any]
+    init: str | None = None  # the run whose encoder it takes
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between a CPU and a GPU."""
+
+    vit: str  # names of recipes in configs/*/
+    swin: str
+    batch_size: int  # of the recipe
+    short_images: int  # that a run sees which compares options
+    few_labels: dict[str, Any]  # fine-tuning on 300 labels a class
+    longer: dict[str, Any]  # a multiple of that, for training from scratch
+    probe: dict[str, Any]
+
+
+def length(steps: int) -> dict[str, Any]:
+    """Returns the options of a pretraining run of so many steps, a tenth of them to warm up."""
+    return {"epochs": None, "steps": steps, "optim.warmup_epochs": None, "optim.warmup_steps": steps // 10}
+
+
+SCALES = {
+    "cpu": Scale(
+        vit="cifar10_vit_cpu",
+        swin="cifar10_swin_cpu",
+        batch_size=128,
+        short_images=1200 * 128,
+        few_labels={},
+        longer={"epochs": 45, "optim.warmup_epochs": 6},
+        probe={"data.samples_per_class": 1000},
+    ),
+    "gpu": Scale(
+        vit="cifar10_vit_tiny",
+        swin="cifar10_swin_tiny",
+        batch_size=256,
+        short_images=100 * 50_000,
+        few_labels={"data.samples_per_class": 300, "epochs": 300, "optim.warmup_epochs": 20},
+        longer={"data.samples_per_class": 300, "epochs": 1200, "optim.warmup_epochs": 80},
+        probe={},
+    ),
+}
+# What a comparison changes of the recipe. All see as many images; base_lr is for 256 of them, whatever the batch.
+OPTIONS: list[dict[str, Any]] = [
+    *({"seed": seed} for seed in SEEDS),
+    {"mask.ratio": 0.5},
+    {"mask.ratio": 0.9},
+    {"target": "pixels"},
+    {"decoder.depth": 1},
+    {"decoder.depth": 4},
+    {"decoder.name": "cross"},
+    {"decoder.name": "cross", "pred_share": 0.5},
+    {"mask.strategy": "block"},
+    {"mask.strategy": "grid"},
+    {"optim.base_lr": 1e-3},
+    {"batch_size": 256},
+    {"batch_size": 256, "optim.base_lr": 1e-3},
+]
+
+
+def story(scale: Scale) -> list[Run]:
+    """Returns all runs, each behind those whose encoder it takes."""
+    seen = {"probe.every_steps": ONLY_AT_THE_END, "picture_every_steps": 0}
+    runs = [Run("headline", f"mae-{seed}", "pretrain", scale.vit, {"seed": seed, **seen}) for seed in SEEDS]
+    few, longer = scale.few_labels, scale.few_labels | scale.longer
+    scratch = {"untrained": True, "optim.layer_decay": 1.0}
+    for seed in SEEDS:
+        init = f"mae-{seed}"
+        for name, untrained in (("pretrained", False), ("untrained", True)):
+            options = {"untrained": untrained, "seed": seed, **scale.probe}
+            runs.append(Run("probe", f"probe-{name}-{seed}", "linear_probe", scale.vit, options, init))
+        runs.append(Run("finetune", f"finetune-{seed}", "finetune", scale.vit, {**few, "seed": seed}, init))
+        runs.append(Run("finetune", f"scratch-{seed}", "finetune", scale.vit, {**few, "seed": seed, **scratch}, init))
+    for change in OPTIONS:
+        name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in change.items())
+        short = length(scale.short_images // change.get("batch_size", scale.batch_size))
+        runs.append(Run("options", f"short-{name}", "pretrain", scale.vit, {**short, **seen, **change}))
+    runs.append(Run("swin", "swin", "pretrain", scale.swin, seen))
+    runs.append(Run("swin", "probe-swin", "linear_probe", scale.swin, scale.probe, "swin"))
+    runs.append(Run("finetune", "scratch-longer", "finetune", scale.vit, {**longer, "seed": 0, **scratch}, "mae-0"))
+    for name, untrained in (("pretrained", False), ("untrained", True)):
+        runs.append(Run("few_shot", f"few_shot-{name}", "few_shot", "", {"untrained": untrained}, "mae-0"))
+    return runs
+
+
+def words(run: Run, shards: str, folder: Path) -> list[str]:
+    """Returns the command line of a run, without the interpreter."""
+    options = {
+        "data.train": f"{shards}/train-*.tar",
+        "data.val": f"{shards}/val-*.tar",
+        "run_dir": folder / run.name,
+        **({"init": folder / run.init} if run.init else {}),
+        **run.options,
+    }
+    out = [f"launch/{run.command}.py"]
+    if run.config:
+        out += ["--config", f"configs/{run.command}/{run.config}.yaml"]
+    for key, value in options.items():
+        out += [f"--{key}", PLAIN.get(value, value) if value is None or isinstance(value, bool) else str(value)]
+    return out
+
+
+def is_finished(run: Run, folder: Path) -> bool:
+    """Returns whether a run has left its final figures."""
+    try:
+        return bool(json.loads((folder / run.name / "result.json").read_text())["finished"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str]:
+    """Runs what is not finished, `jobs` at a time, each with its share of the cores. Returns what failed and why."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    ended = {run.name: Future() for run in runs}
+
+    def one(run: Run) -> str | None:
+        try:
+            return start(run)
+        finally:
+            ended[run.name].set_result(None)
+
+    def start(run: Run) -> str | None:
+        if is_finished(run, folder):
+            return None
+        if run.init:
+            ended[run.init].result()  # it stands before this one, so a thread has it in hand or is done with it
+            if not is_finished(next(x for x in runs if x.name == run.init), folder):
+                return f"{run.name}: {run.init}, whose encoder it takes, is not there"
+        line = words(run, shards, folder)
+        print(f"$ python {shlex.join(line)}", flush=True)
+        with (folder / f"{run.name}.txt").open("w") as output:
+            process = subprocess.run(
+                [sys.executable, *line],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+                check=False,
+            )
+        return None if process.returncode == 0 else f"{run.name}: ended with {process.returncode}, see {output.name}"
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [failure for failure in pool.map(one, runs) if failure]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", default="shards/cifar10", help="folder of what launch/shards.py has made")
+    parser.add_argument("--dir", type=Path, default=Path("runs/cifar10"), help="folder of the runs")
+    parser.add_argument("--scale", choices=list(SCALES), required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; cores are divided among them")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so")
+    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    parser.add_argument("--page", type=Path, help="write tables and curves of what is finished, and run none")
+    given = parser.parse_args()
+    runs = story(SCALES[given.scale])
+    if given.only:
+        runs = [run for run in runs if run.name.startswith(tuple(given.only))]
+        if not runs:
+            sys.exit(f"error: no run's name begins with {' or '.join(given.only)}: --list shows them")
+    if given.list:
+        for run in runs:
+            print(f"python {shlex.join(words(run, given.shards, given.dir))}")
+        return
+    given.dir.mkdir(parents=True, exist_ok=True)
+    if failures := carry_out(runs, str(Path(given.shards).resolve()), given.dir.resolve(), given.jobs):
+        sys.exit("\n".join(f"error: {failure}" for failure in failures))
+
+
+if __name__ == "__main__":
+    main()

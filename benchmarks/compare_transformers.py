@@ -1,0 +1,297 @@
+"""Ours beside transformers' ViTMAE on the same images: loss over images seen, and over seconds.
+
+python benchmarks/compare_transformers.py --shards shards/cifar10 --out runs/compare_transformers
+
+Every step draws one batch for all contestants, with the crops and masks of launch/pretrain.py:
+
+- `ours`: what launch/pretrain.py trains, with its optimizer.
+- `ViTMAE, our start and optimizer`: the same initial weights (written by quarterlight as a transformers folder), masks,
+  groups of weight decay, betas and schedule. Its losses should be ours but for rounding.
+- `ViTMAE, its example's recipe`: a new ViTMAEForPreTraining with the paper's fixed sine-cosine positions and normal
+  mask and class tokens put in, trained as examples/pytorch/image-pretraining does by transformers' Trainer: AdamW with
+  betas 0.9 and 0.999, weight decay but for biases and norms, cosine with 5 % of warm-up. The peak rate is ours.
+- `ViTMAE as shipped`: the same without putting anything in: transformers 5 leaves positions and both tokens at zero,
+  and the positions are frozen.
+
+losses.jsonl in --out has every step; curves.png and summary.json are made of it, also after a kill by --summarize.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timing import interleaved, measured_on
+from torch import Tensor
+from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup
+from transformers.trainer_pt_utils import get_parameter_names
+
+from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figure
+from quarterlight.ssl.attention import choose_attention
+from quarterlight.ssl.augment import Normalize, random_crop
+from quarterlight.ssl.batches import Batch, Samples
+from quarterlight.ssl.config import DataConfig, DecoderConfig, OptimConfig
+from quarterlight.ssl.index import open_index
+from quarterlight.ssl.loader import build_loader
+from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
+from quarterlight.ssl.optim import build_adamw, build_schedule, decay_groups, set_lr
+from quarterlight.ssl.order import ShuffledOrder
+from quarterlight.ssl.pos_embed import sincos_pos_embed
+from quarterlight.ssl.spans import Spans
+from quarterlight.ssl.spec import ModelSpec
+from quarterlight.ssl.write_transformers import hf_autoencoder, write_folder
+
+IMG_SIZE, PATCH, MASK_RATIO = 32, 4, 0.75
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
+WIDTH, HEADS = 192, 3
+OURS, SAME, EXAMPLE, SHIPPED = (
+    "ours",
+    "ViTMAE, our start and optimizer",
+    "ViTMAE, its example's recipe",
+    "ViTMAE as shipped",
+)
+
+
+class Contestant(NamedTuple):
+    """A model, its optimizer, and the rate of each step."""
+
+    loss: Callable[[Tensor, Batch], Tensor]  # of normalized images
+    optimizer: torch.optim.Optimizer
+    prepare: Callable[[int], None]  # sets the rate of a step
+
+    def step(self, images: Tensor, batch: Batch, number: int, precision: str) -> float:
+        self.prepare(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = self.loss(images, batch)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def decoder_config() -> DecoderConfig:
+    return DecoderConfig(embed_dim=128, depth=2, num_heads=4)
+
+
+def ours(given: argparse.Namespace) -> MaskedAutoencoder:
+    torch.manual_seed(given.seed)
+    args = {"img_size": IMG_SIZE, "patch_size": PATCH, "depth": given.depth}
+    return build_autoencoder("vit_tiny_patch16_224", decoder=decoder_config(), **args)
+
+
+def as_vit_mae(autoencoder: MaskedAutoencoder, attention: str) -> ViTMAEForPreTraining:
+    """Returns transformers' model with the weights of ours, by way of a folder as launch/export.py writes it."""
+    spec = ModelSpec("vit_tiny_patch16_224", {"img_size": IMG_SIZE, "patch_size": PATCH}, MEAN, STD)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), hf_autoencoder(autoencoder, MASK_RATIO), spec, 1.0)
+        return ViTMAEForPreTraining.from_pretrained(folder, attn_implementation=attention)
+
+
+def new_vit_mae(given: argparse.Namespace, attention: str) -> ViTMAEForPreTraining:
+    decoder = decoder_config()
+    torch.manual_seed(given.seed)
+    return ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=given.depth,
+            num_attention_heads=HEADS,
+            intermediate_size=4 * WIDTH,
+            image_size=IMG_SIZE,
+            patch_size=PATCH,
+            decoder_hidden_size=decoder.embed_dim,
+            decoder_num_hidden_layers=decoder.depth,
+            decoder_num_attention_heads=decoder.num_heads,
+            decoder_intermediate_size=4 * decoder.embed_dim,
+            mask_ratio=MASK_RATIO,
+            norm_pix_loss=True,
+            attn_implementation=attention,
+        )
+    )
+
+
+@torch.no_grad()
+def put_positions_in(model: ViTMAEForPreTraining) -> None:
+    """Gives a new model what the paper starts from: fixed sine-cosine positions, normal class and mask tokens."""
+    grid = (IMG_SIZE // PATCH, IMG_SIZE // PATCH)
+    for table, width in (
+        (model.vit.embeddings.position_embeddings, WIDTH),
+        (model.decoder.decoder_pos_embed, decoder_config().embed_dim),
+    ):
+        table[0, 1:] = sincos_pos_embed(width, grid)
+    for token in (model.vit.embeddings.cls_token, model.decoder.mask_token):
+        torch.nn.init.normal_(token, std=0.02)
+
+
+def hf_loss(model: ViTMAEForPreTraining) -> Callable[[Tensor, Batch], Tensor]:
+    # ViTMAE keeps the patches with the smallest noise; what restores our shuffling is the rank of each patch in it.
+    return lambda images, batch: model(images, noise=batch.masking.ids_restore.float()).loss  # type: ignore[union-attr]
+
+
+def by_our_schedule(loss: Any, model: torch.nn.Module, given: argparse.Namespace) -> Contestant:
+    optim = OptimConfig(base_lr=given.base_lr, warmup_steps=given.steps // 10)
+    optimizer = build_adamw(decay_groups(model, optim.weight_decay), optim)
+    schedule = build_schedule(optim, total_steps=given.steps, samples=50_000, batch_size=given.batch_size)
+    return Contestant(loss, optimizer, lambda number: set_lr(optimizer, schedule.lr_at(number)))
+
+
+def by_its_example(model: ViTMAEForPreTraining, given: argparse.Namespace) -> Contestant:
+    names = get_parameter_names(model, [torch.nn.LayerNorm], ["bias", "layernorm"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for name, p in parameters.items() if name in names], "weight_decay": 0.05},
+        {"params": [p for name, p in parameters.items() if name not in names], "weight_decay": 0.0},
+    ]
+    peak_lr = given.base_lr * given.batch_size / 256
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.999), fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * given.steps), given.steps)
+    return Contestant(hf_loss(model), optimizer, lambda number: schedule.step() if number else None)
+
+
+def faster_attention(given: argparse.Namespace, images: Tensor, batch: Batch) -> str:
+    """Returns which of transformers' attention settings makes the faster step here."""
+    steps = {}
+    for attention in ("eager", "sdpa"):
+        contestant = by_its_example(new_vit_mae(given, attention).to(given.device).train(), given)
+        steps[attention] = lambda _, c=contestant: c.step(images, batch, 0, given.precision)
+    seconds = {name: median(taken) for name, taken in interleaved(steps, 5, given.device).items()}
+    return min(seconds, key=seconds.__getitem__)
+
+
+def contestants(given: argparse.Namespace, attention: str) -> dict[str, Contestant]:
+    """Returns all four, the second a copy of the first."""
+    autoencoder = ours(given)
+    twin, example, shipped = as_vit_mae(autoencoder, attention), new_vit_mae(given, attention), None
+    put_positions_in(example)
+    shipped = new_vit_mae(given, attention)
+    for model in (autoencoder, twin, example, shipped):
+        model.to(given.device).train()
+        if not isinstance(model, PreTrainedModel):
+            choose_attention(model, torch.device(given.device), given.precision)
+    return {
+        OURS: by_our_schedule(
+            lambda images, batch: autoencoder(images, batch.masking, only_scored=True).loss, autoencoder, given
+        ),
+        SAME: by_our_schedule(hf_loss(twin), twin, given),
+        EXAMPLE: by_its_example(example, given),
+        SHIPPED: by_its_example(shipped, given),
+    }
+
+
+def batches(given: argparse.Namespace) -> Iterator[Batch]:
+    """Yields the batches of launch/pretrain.py with this seed."""
+    index = open_index(f"{given.shards}/train-*.tar")
+    masks = ours(given).encoder.mask_sampler(MASK_RATIO)
+    crop = random_crop(DataConfig(train="", crop_scale=(0.2, 1.0)), (IMG_SIZE, IMG_SIZE))
+    samples = Samples(index, ShuffledOrder(np.arange(len(index)), given.seed), crop, given.seed, masks=masks)
+    size = given.batch_size
+    spans = Spans(range(given.steps), batch_size=size, micro_batch_size=size, rank=0, world_size=1)
+    return iter(build_loader(samples, spans, num_workers=1))
+
+
+def race(given: argparse.Namespace) -> None:
+    """Trains all contestants side by side and writes a line a step: the loss and the seconds of each."""
+    normalize = Normalize(MEAN, STD).to(given.device)
+    stream = batches(given)
+    batch = next(stream).to(torch.device(given.device))
+    attention = faster_attention(given, normalize(batch.images), batch)
+    racers = contestants(given, attention)
+    given.out.mkdir(parents=True, exist_ok=True)
+    facts = {"measured": measured_on(given, "torch", "transformers", "timm"), "attention": attention}
+    (given.out / "facts.json").write_text(json.dumps(facts | {"batch_size": given.batch_size}))
+    with (given.out / "losses.jsonl").open("w") as file:
+        for number in range(given.steps):
+            images, losses = normalize(batch.images), {}
+
+            def run(name: str, images: Tensor = images, batch: Batch = batch, number: int = number) -> None:
+                losses[name] = racers[name].step(images, batch, number, given.precision)  # noqa: B023
+
+            steps = {name: (lambda _, name=name: run(name)) for name in racers}
+            seconds = interleaved(steps, 1, given.device, warmup=0, first=number)
+            in_order = {name: losses[name] for name in racers}
+            taken = {name: seconds[name][0] for name in racers}
+            line = {"step": number + 1, "loss": in_order, "seconds": taken}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if (number + 1) % 20 == 0:
+                shown = "  ".join(f"{name} {loss:.4f}" for name, loss in in_order.items())
+                print(f"step {number + 1}/{given.steps}  {shown}", flush=True)
+            if number + 1 < given.steps:
+                batch = next(stream).to(torch.device(given.device))
+
+
+def summarize(out: Path) -> dict[str, Any]:
+    """Draws losses.jsonl as curves.png and returns what is to be said of it."""
+    lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    facts = json.loads((out / "facts.json").read_text())
+    names = list(lines[0]["loss"])
+    last = lines[-max(2, len(lines) // 10) :]
+    found: dict[str, Any] = {"steps": len(lines), "images": len(lines) * facts["batch_size"], **facts}
+    apart = [line["loss"][OURS] - line["loss"][SAME] for line in lines]
+    found["ours_minus_same"] = {
+        "last tenth, mean": mean(apart[-len(last) :]),
+        "last tenth, standard error": stdev(apart[-len(last) :]) / math.sqrt(len(last)),
+        "largest of the first 20 steps": max(map(abs, apart[:20])),
+    }
+    for name in names:
+        found[name] = {
+            "loss": mean(line["loss"][name] for line in last),
+            "seconds": sum(line["seconds"][name] for line in lines),
+            "step time / ours": median(line["seconds"][name] / line["seconds"][OURS] for line in lines),
+        }
+    picture = new_picture(
+        "curves",
+        "Training loss on the same batches, over images and over seconds",
+        "Means of 20 steps. All four are trained side by side, step by step, in one process; the seconds are those "
+        "that each spent in its own steps.",
+        height=3.4,
+    )
+    axes = picture.figure.subplots(1, 2, sharey=True)
+    for i, name in enumerate(names):
+        loss = [np.mean([x["loss"][name] for x in lines[k : k + 20]]) for k in range(0, len(lines) - 19, 20)]
+        images = [(k + 20) * facts["batch_size"] / 1000 for k in range(0, len(lines) - 19, 20)]
+        seconds = np.cumsum([line["seconds"][name] for line in lines])[19::20]
+        for place, xs in zip(axes, (images, seconds), strict=True):
+            dashes = "--" if name == SAME else "-"
+            place.plot(xs, loss, label=name, color=COLORS[i], linestyle=dashes, linewidth=1.4)
+    for place, label in zip(axes, ("thousand images", "seconds"), strict=True):
+        place.set_xlabel(label, fontsize=9)
+        place.grid(color="#dddddd", linewidth=0.6)
+        place.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss (normalized pixels)", fontsize=9)
+    axes[0].legend(fontsize=7.5, edgecolor="none")
+    save_figure(out / "curves.png", picture.figure)
+    (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", default="shards/cifar10", help="folder of what launch/shards.py has made")
+    parser.add_argument("--out", type=Path, required=True, help="folder for losses.jsonl, curves.png and summary.json")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--base_lr", type=float, default=2e-3, help="for 256 images")
+    parser.add_argument("--depth", type=int, default=6, help="blocks of the encoder, 192 wide")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
+    parser.add_argument("--summarize", action="store_true", help="train nothing: make picture and summary anew")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if not given.summarize:
+        race(given)
+    elif not (given.out / "losses.jsonl").exists():
+        sys.exit(f"error: --out {given.out} holds no losses.jsonl: leave --summarize away")
+    print(json.dumps(summarize(given.out), indent=1))
+
+
+if __name__ == "__main__":
+    main()
