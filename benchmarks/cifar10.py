@@ -17,8 +17,11 @@ import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from cifar10_page import commands, draw_losses, few_shot_table, headline, options_table
 
 ROOT = Path(__file__).parents[1]
 SEEDS = 0, 1, 2
@@ -179,6 +182,48 @@ def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str
         return [failure for failure in pool.map(one, runs) if failure]
 
 
+def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Path) -> None:
+    """Writes tables and commands of what is finished, and its losses as PNGs beside the page."""
+    of = {name: [run for run in runs if run.group == name] for name in ("headline", "options", "swin", "finetune")}
+    environment = json.loads((folder / "mae-0" / "environment.json").read_text())
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "timm", "accelerate"))
+    changed = {
+        run.name: ", ".join(f"`{key} {value}`" for key, value in run.options.items() if key in change) or "nothing"
+        for run, change in zip(of["options"], OPTIONS, strict=True)
+    }
+    sizes = {run.name: run.options.get("batch_size", SCALES[scale].batch_size) for run in runs}
+    for group, title in (("headline", "Pretraining with three seeds"), ("options", "One option changed at a time")):
+        there = {run.name: folder / run.name for run in of[group] if is_finished(run, folder)}
+        draw_losses(page.with_name(f"{page.stem}_{group}.png"), title, there, sizes)
+    text = f"""# CIFAR-10 from images to figures
+
+{date.today()} · {environment["device"]}, {environment["torch_threads"]} thread(s) a run · {versions}
+
+50,000 images to train on, and 10,000 to report on.
+
+## Pretrained, and not
+
+{headline(folder, SEEDS)}
+
+![Loss of three seeds]({page.stem}_headline.png)
+
+## What options change
+
+{options_table(folder, [(run.name, changed[run.name]) for run in of["options"]])}
+
+![Loss of every run that changes an option]({page.stem}_options.png)
+
+## Few labels, frozen encoder
+
+{few_shot_table(folder, ["few_shot-pretrained", "few_shot-untrained"])}
+
+## Commands
+
+{commands([(run.name, words(run, shards, Path("runs/cifar10"))) for run in runs], folder)}
+"""
+    page.write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", default="shards/cifar10", help="folder of what launch/shards.py has made")
@@ -194,6 +239,9 @@ def main() -> None:
         runs = [run for run in runs if run.name.startswith(tuple(given.only))]
         if not runs:
             sys.exit(f"error: no run's name begins with {' or '.join(given.only)}: --list shows them")
+    if given.page:
+        write_page(runs, given.scale, given.page, given.shards, given.dir)
+        return
     if given.list:
         for run in runs:
             print(f"python {shlex.join(words(run, given.shards, given.dir))}")

@@ -91,7 +91,10 @@ def as_vit_mae(autoencoder: MaskedAutoencoder, attention: str) -> ViTMAEForPreTr
     spec = ModelSpec("vit_tiny_patch16_224", {"img_size": IMG_SIZE, "patch_size": PATCH}, MEAN, STD)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), hf_autoencoder(autoencoder, MASK_RATIO), spec, 1.0)
-        return ViTMAEForPreTraining.from_pretrained(folder, attn_implementation=attention)
+        model = ViTMAEForPreTraining.from_pretrained(folder, attn_implementation=attention)
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        table.requires_grad_(False)  # as a new model has them; transformers 5.24 loads them as trainable
+    return model
 
 
 def new_vit_mae(given: argparse.Namespace, attention: str) -> ViTMAEForPreTraining:

@@ -1,0 +1,108 @@
+"""The page of benchmarks/cifar10.py: tables of what runs have left in result.json, and their losses as curves."""
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from quarterlight.finetune.pictures.curves import read_metrics
+from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figure
+
+Row = tuple[str, list[str]]  # a run's name, and its command without the interpreter
+
+
+def result_of(folder: Path, name: str) -> dict[str, Any] | None:
+    """Returns the figures of a finished run, or None."""
+    try:
+        found = json.loads((folder / name / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("finished") else None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Returns mean, standard deviation and range of some values in words."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (one run)"
+    low, high = min(values), max(values)
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def headline(folder: Path, seeds: Sequence[int]) -> str:
+    """Returns the table of the encoders pretrained with each seed beside those untrained or trained from scratch."""
+    figures = {  # what is measured: (runs with, runs without, figure in result.json)
+        "linear probe, 1,000 labels a class": ("probe-pretrained", "probe-untrained", "linear_top1"),
+        "k-NN (k = 20, average), 1,000 labels a class": ("probe-pretrained", "probe-untrained", "knn_top1"),
+        "fine-tuning, 300 labels a class": ("finetune", "scratch", "val_top1"),
+    }
+    rows = []
+    for words, (with_it, without, key) in figures.items():
+        found: list[list[float]] = []
+        for prefix in (with_it, without):
+            results = [result_of(folder, f"{prefix}-{seed}") for seed in seeds]
+            values = [result[key] for result in results if result]
+            found.append([v["avg_k20"] if isinstance(v, dict) else v for v in values])
+        if not all(found):
+            continue
+        gap = min(found[0]) - max(found[1])
+        rows.append([words, spread(found[0]), spread(found[1]), f"{gap:+.2f}"])
+    return table(["top-1 %", "pretrained", "untrained, or from scratch", "worst of one over best of the other"], rows)
+
+
+def options_table(folder: Path, rows: Sequence[tuple[str, str]]) -> str:
+    """Returns a line for every run that compares options, given as (name, what it changes)."""
+    lines = []
+    for name, changed in rows:
+        if found := result_of(folder, name):
+            figures = [found[key] for key in ("probe_linear_avg", "probe_knn_avg")]
+            lines.append([changed, f"{found['loss']:.4f}", *(f"{x:.2f}" for x in figures)])
+    return table(["changed", "loss", "linear %", "k-NN %"], lines)
+
+
+def few_shot_table(folder: Path, names: Sequence[str]) -> str:
+    """Returns accuracy by labels a class: mean and standard deviation over the draws, a line a run."""
+    lines, shots = [], []
+    for name in names:
+        if not (found := result_of(folder, name)):
+            continue
+        scores: dict[int, list[float]] = {}
+        for score in found["scores"]:
+            scores.setdefault(score["labels_per_class"], []).append(score["val_top1"])
+        shots = sorted(scores)
+        lines.append([name.rpartition("-")[2], *(f"{mean(scores[k]):.2f} ± {stdev(scores[k]):.2f}" for k in shots)])
+    return table(["top-1 %", *(f"{k} labels a class" for k in shots)], lines)
+
+
+def draw_losses(path: Path, title: str, runs: dict[str, Path], batch_sizes: dict[str, int]) -> None:
+    """Draws the training loss of runs over the images that they have seen."""
+    picture = new_picture(
+        path.stem, title, "Means over the steps of a log interval; images seen, repeats counted.", height=3.6
+    )
+    axes = picture.figure.subplots()
+    for i, (name, run_dir) in enumerate(runs.items()):
+        points = [(r["step"], r["loss"]) for r in read_metrics(run_dir) if r.get("loss") is not None]
+        images = [step * batch_sizes[name] / 1000 for step, _ in points]
+        style = {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--")[i // len(COLORS) % 2]}
+        axes.plot(images, [loss for _, loss in points], label=name, linewidth=1.3, **style)
+    axes.set_yscale("log")
+    axes.set_yticks([0.4, 0.5, 0.6, 0.8, 1.0, 1.2], labels=["0.4", "0.5", "0.6", "0.8", "1", "1.2"])
+    axes.minorticks_off()
+    axes.set_xlabel("thousand images", fontsize=9)
+    axes.set_ylabel("loss", fontsize=9)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7.5, edgecolor="none", ncols=2)
+    save_figure(path, picture.figure)
+
+
+def commands(rows: Iterable[Row], folder: Path) -> str:
+    """Returns the command of every finished run."""
+    lines = [f"python {shlex.join(line)}" for name, line in rows if result_of(folder, name)]
+    return "```sh\n" + "\n".join(lines) + "\n```"

@@ -1,0 +1,94 @@
+"""benchmarks/cifar10.py and compare_transformers.py: their commands are ones that launchers take, and do what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_tars
+
+from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+from quarterlight.finetune.probe_config import FewShotConfig
+from quarterlight.ssl.command import parse_config
+from quarterlight.ssl.config import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import cifar10  # noqa: E402
+from cifar10 import SCALES, carry_out, story, words, write_page  # noqa: E402
+
+CONFIGS = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "linear_probe": LinearProbeConfig,
+    "few_shot": FewShotConfig,
+}
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_every_command_of_the_story_is_one_that_its_launcher_takes(scale: str, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = story(SCALES[scale])
+    assert len({run.name for run in runs}) == len(runs)
+    seen = set()
+    for run in runs:
+        assert run.init is None or run.init in seen  # carry_out waits for it
+        seen.add(run.name)
+        config = parse_config(CONFIGS[run.command], None, words(run, "shards/cifar10", Path("runs"))[1:])
+        if run.command == "pretrain" and run.group == "options":
+            assert config.steps * config.batch_size == pytest.approx(SCALES[scale].short_images, rel=0.01)
+
+
+def test_a_recipes_batch_is_the_one_that_lengths_are_counted_in():
+    for scale in SCALES.values():
+        recipe = yaml.safe_load((ROOT / "configs" / "pretrain" / f"{scale.vit}.yaml").read_text())
+        assert recipe["batch_size"] == scale.batch_size
+
+
+def test_a_story_runs_continues_and_becomes_a_page(tmp_path, monkeypatch):
+    """A story of three runs on 40 images by the real commands, one of which takes the encoder of another."""
+    write_tars(tmp_path / "shards", "train", 40, size=32)
+    write_tars(tmp_path / "shards", "val", 20, size=32)
+    tiny = {"encoder.args": "{patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}", "decoder.embed_dim": 24}
+    tiny |= {"decoder.depth": 1, "decoder.num_heads": 2, "batch_size": 8, "num_workers": 0, "precision": "no"}
+    runs = []
+    for run in story(SCALES["cpu"]):
+        if run.name in ("mae-0", "short-seed_0", "probe-untrained-0"):
+            short = cifar10.length(2) | tiny if run.command == "pretrain" else {"num_workers": 0, "epochs": 1}
+            short |= {"data.samples_per_class": 5} if run.command == "linear_probe" else {}
+            runs.append(cifar10.Run(run.group, run.name, run.command, run.config, run.options | short, run.init))
+    runs.append(cifar10.Run("probe", "fails", "linear_probe", "", {}, "mae-0"))
+    runs[-1].options["epochs"] = 0
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    failures = carry_out(runs, str(tmp_path / "shards"), folder, 2)
+    assert [failure.partition(":")[0] for failure in failures] == ["fails"], failures
+    before = (folder / "mae-0" / "metrics.jsonl").stat().st_mtime_ns
+    assert len(carry_out(runs, str(tmp_path / "shards"), folder, 1)) == 1
+    assert (folder / "mae-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    monkeypatch.setattr(cifar10, "OPTIONS", cifar10.OPTIONS[:1])
+    page = tmp_path / "page.md"
+    write_page(runs, "cpu", page, "shards/cifar10", folder)
+    text = page.read_text()
+    assert "short-seed_0" in text and "`seed 0`" in text and "fails" not in text
+    assert (tmp_path / "page_headline.png").stat().st_size > 10_000
+
+
+def test_the_same_start_and_optimizer_give_the_same_losses_as_transformers(tmp_path):
+    write_tars(tmp_path / "shards", "train", 40, size=32)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "compare_transformers.py", "--shards", tmp_path / "shards", "--steps", "4"]
+        + ["--batch_size", "8", "--depth", "2", "--precision", "no", "--device", "cpu", "--out", tmp_path / "out"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "losses.jsonl").read_text().splitlines()]
+    ours, same, example, shipped = list(lines[0]["loss"])
+    for line in lines:
+        assert line["loss"][ours] == pytest.approx(line["loss"][same], abs=2e-5)
+        assert len({round(line["loss"][name], 4) for name in (ours, example, shipped)}) == 3
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == 32
