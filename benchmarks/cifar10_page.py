@@ -41,6 +41,7 @@ def headline(folder: Path, seeds: Sequence[int]) -> str:
         "linear probe, 1,000 labels a class": ("probe-pretrained", "probe-untrained", "linear_top1"),
         "k-NN (k = 20, average), 1,000 labels a class": ("probe-pretrained", "probe-untrained", "knn_top1"),
         "fine-tuning, 300 labels a class": ("finetune", "scratch", "val_top1"),
+        "fine-tuning, 5,000 labels a class": ("all_labels-mae", "all_labels-scratch-mae", "val_top1"),
     }
     rows = []
     for words, (with_it, without, key) in figures.items():

@@ -1,4 +1,4 @@
-"""benchmarks/cifar10.py and compare_transformers.py: their commands are ones that launchers take, and do what they say."""
+"""benchmarks/cifar10.py and compare_transformers.py: the commands are ones that launchers take, and do as is said."""
 
 import json
 import subprocess
