@@ -275,6 +275,16 @@ def test_images_come_from_folders_files_shards_and_digits(tmp_path, run):
         read_images("https://example.invalid/a.tar", count=5, crop=CROP, in_chans=3)
 
 
+def test_curves_of_runs_need_no_encoder(tmp_path):
+    for name, factor in (("mine", 1.0), ("reference", 0.9)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": factor / step, "lr": 1e-3}) for step in range(1, 9)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    runs = [str(tmp_path / "mine"), str(tmp_path / "reference")]
+    result = visualize(VisualizeConfig(runs=runs, pictures=["curves"], out=str(tmp_path / "look")))
+    assert (tmp_path / "look" / "curves.png").is_file() and "encoder" not in result
+
+
 def test_curves_of_several_runs_share_a_plot(tmp_path):
     for name, scale in (("x/one", 1.0), ("y/one", 2.0)):
         (tmp_path / name).mkdir(parents=True)

@@ -40,7 +40,8 @@ class VisualizeConfig:
     pictures: list[PictureName] | None = None
     """Which ones; null: all that this encoder and these images allow."""
     runs: list[str] | None = None
-    """Run folders whose loss, learning rate, gradients and data wait are drawn on one plot. null: the one in --init."""
+    """Run folders whose loss, learning rate, gradients and data wait are drawn on one plot; pictures [curves] of
+    them need no encoder. null: the one in --init."""
     untrained: bool = False
     """Take only the architecture from --init and use initial weights: the picture to compare with."""
     num_images: int = 8

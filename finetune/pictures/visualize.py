@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from quarterlight.ssl.augment import CenterCrop, Normalize
+from quarterlight.ssl.encoder import Encoder
 from quarterlight.ssl.errors import InputError, printable
 from quarterlight.ssl.files import write_json
 
@@ -55,7 +56,8 @@ def visualize(config: VisualizeConfig) -> dict[str, Any]:
     if not drawn:
         raise InputError(f"none of the pictures can be drawn ({'; '.join(left_out.values())})")
     about = [{"file": f"{p.name}.png", "title": p.title, "caption": p.caption} for p in drawn]
-    result = {"command": "visualize", "finished": True, "encoder": studio.subject.report}
+    result: dict[str, Any] = {"command": "visualize", "finished": True}
+    result |= {"encoder": studio.subject.report} if studio.needs_encoder else {}
     result |= {"pictures": about, "left_out": left_out, **studio.figures}
     write_json(out / "result.json", result)
     _to_tensorboard(out, drawn)
@@ -83,11 +85,10 @@ class Studio:
         self.config = config
         self.figures: dict[str, Any] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.subject: Subject = load_subject(config.init, config.encoder, untrained=config.untrained, seed=config.seed)
-        print(self.subject.report, flush=True)
-        (self.subject.autoencoder or self.subject.encoder).to(self.device)
-        self.encoder = self.subject.encoder
-        self.normalize = Normalize(self.subject.spec.mean, self.subject.spec.std).to(self.device)
+        # the curves of runs can be drawn without any
+        self.needs_encoder = list(config.pictures or ()) != ["curves"] or not config.runs
+        if self.needs_encoder:
+            print(self.subject.report, flush=True)
         self.how: dict[str, Callable[[], Picture]] = {
             "reconstructions": lambda: self._noted(draw_reconstructions(self.reconstruct)),
             "ratios": lambda: self._noted(draw_ratios(self.reconstruct, config.mask_ratios)),
@@ -103,11 +104,32 @@ class Studio:
             "neighbors": self._neighbors,
             "curves": self._curves,
         }
-        _ = config.images and self.images  # a mistake in their name shows before anything is drawn
+        _ = (
+            self.needs_encoder and config.images and self.images
+        )  # a mistake in their name shows before anything is drawn
 
     def draw(self, name: PictureName) -> Picture:
         """Returns a picture. Raises CannotDraw, with the reason, where there is nothing to draw it of."""
         return self.how[name]()
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The encoder, with its decoder where there is one."""
+        found = load_subject(
+            self.config.init, self.config.encoder, untrained=self.config.untrained, seed=self.config.seed
+        )
+        (found.autoencoder or found.encoder).to(self.device)
+        return found
+
+    @property
+    def encoder(self) -> Encoder:
+        """What the pictures are of."""
+        return self.subject.encoder
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        """Normalizes the images as the encoder expects."""
+        return Normalize(self.subject.spec.mean, self.subject.spec.std).to(self.device)
 
     @cached_property
     def images(self) -> Images:
