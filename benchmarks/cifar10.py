@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from cifar10_page import commands, draw_losses, few_shot_table, headline, options_table
+from cifar10_page import commands, draw_losses, few_shot_table, headline, options_table, write_reference
 
 ROOT = Path(__file__).parents[1]
 SEEDS = 0, 1, 2
@@ -251,6 +251,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so")
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     parser.add_argument("--page", type=Path, help="write tables and curves of what is finished, and run none")
+    parser.add_argument(
+        "--curves", type=Path, help="write the losses of finished recipes for docs/curves, and run none"
+    )
     given = parser.parse_args()
     runs = story(SCALES[given.scale])
     if given.only:
@@ -259,6 +262,11 @@ def main() -> None:
             sys.exit(f"error: no run's name begins with {' or '.join(given.only)}: --list shows them")
     if given.page:
         write_page(runs, given.scale, given.page, given.shards, given.dir)
+        return
+    if given.curves:
+        for run in runs:
+            if run.name in ("mae-0", "swin") and is_finished(run, given.dir):
+                write_reference(given.dir / run.name, given.curves / run.config)
         return
     if given.list:
         for run in runs:

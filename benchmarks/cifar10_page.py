@@ -103,6 +103,17 @@ def draw_losses(path: Path, title: str, runs: dict[str, Path], batch_sizes: dict
     save_figure(path, picture.figure)
 
 
+def write_reference(run_dir: Path, folder: Path) -> None:
+    """Writes metrics.jsonl of a run to another folder: losses and rates in four digits, and nothing of its machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for record in read_metrics(run_dir):
+        if record.get("loss") is not None:
+            rounded = {key: float(f"{record[key]:.4g}") for key in ("loss", "lr", "grad_norm")}
+            lines.append(json.dumps({"step": int(record["step"]), "epoch": round(record["epoch"], 3), **rounded}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def commands(rows: Iterable[Row], folder: Path) -> str:
     """Returns the command of every finished run."""
     lines = [f"python {shlex.join(line)}" for name, line in rows if result_of(folder, name)]
