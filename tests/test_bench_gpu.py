@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from quarterlight.ssl.attention import choose_attention
 
 sys.path.append(str(ROOT / "benchmarks"))
+import gpu_rows  # noqa: E402
 from bench_gpu import parse  # noqa: E402
 from contestants import builder  # noqa: E402
 from flops import forward_flops, nominal_tflops  # noqa: E402
 from gpu_report import shards_verdict  # noqa: E402
-from gpu_rows import covered, kind_of, search  # noqa: E402
+from gpu_rows import Row, covered, kind_of, search  # noqa: E402
 from models import MODELS  # noqa: E402
+from step import Step  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
 QUICK = [
@@ -171,3 +174,26 @@ def test_a_slow_loader_is_named_as_the_limit():
     assert "reach 97 % of it" in shards_verdict(found)[2]
     found[f"{name} 8"] = {"workers": 8, "images_per_s": 4900.0, "alone": 9000.0}
     assert shards_verdict(found)[2] == "met"
+
+
+def test_memory_that_does_not_suffice_ends_the_search_and_halves_other_batches(monkeypatch):
+    class Full(Step):
+        def __call__(self, batch):
+            if len(batch.images) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            super().__call__(batch)
+
+    monkeypatch.setattr(gpu_rows, "Step", Full)
+    monkeypatch.setattr(gpu_rows, "RISE", 0.0)
+    monkeypatch.setattr(gpu_rows, "compile_args", lambda variant, backend: None)
+    given = Namespace(device="cpu", precision="no", backend="", seconds=0.1, rounds=1)
+
+    def measured(variant: str, *sizes: int) -> dict:
+        (piece,) = gpu_rows.measure_steps(Row("steps", "vit_toy", "ours", variant, sizes), given)
+        return piece
+
+    found = measured("eager", 1, 2, 4)
+    assert set(found["tried"]) == {1, 2} and found["search"] == "out of memory at 4"
+    assert measured("compiled", 8)["batch_size"] == 2
+    assert measured("compiled", 16) == {"error": "out of memory at 16 images"}
+    assert measured("eager", 4, 8) == {"error": "out of memory at 4 images"}
