@@ -1,4 +1,5 @@
-.PHONY: setup format check test
+.PHONY: setup format check test bench_gpu bench_gpu_more bench_gpu_quick bench_encoders_gpu bench_image_size_gpu \
+	determinism_gpu multi_gpu
 
 setup: # .typing shows type checkers the import names; the folders are called otherwise
 	pip install -e '.[dev]'
@@ -17,3 +18,45 @@ check:
 
 test:
 	pytest -n auto --dist loadfile
+
+# What needs a GPU. Nothing is fetched; RESULTS=folder puts the results elsewhere.
+RESULTS ?= benchmarks/results
+MONTH := $(shell date +%Y%m)
+GPUS = $(shell nvidia-smi -L 2>/dev/null | wc -l)
+DIGITS = --config configs/pretrain/digits.yaml --epochs null --steps 60 --optim.warmup_epochs null \
+	--optim.warmup_steps 5 --precision no --log_every_steps 20 --data.train 'runs/multi_gpu/digits/train-*.tar'
+
+bench_gpu: # all models, eager and compiled, beside transformers, from shards, profiles: ten minutes on one GPU
+	python benchmarks/bench_gpu.py --out $(RESULTS)/gpu_$(MONTH).md
+
+bench_gpu_more: # what bench_gpu did not reach, or what failed in it
+	python benchmarks/bench_gpu.py --out $(RESULTS)/gpu_$(MONTH).md --resume
+
+bench_gpu_quick: # ViT-B and Swin-B without shards, transformers and CUDA graphs: a few minutes
+	python benchmarks/bench_gpu.py --models vit_base,swin_base --contestants ours,cross,simmim \
+		--variants eager,compiled --minutes 4 --out $(RESULTS)/gpu_quick_$(MONTH).md
+
+bench_encoders_gpu: # step times and memory round by round beside transformers and dense timm models
+	python benchmarks/bench_encoders.py --device cuda --models vit_small,vit_base,vit_large,swin_tiny,swin_base \
+		--batch_size 128 --rounds 20 --out $(RESULTS)/encoders_gpu_$(MONTH).md
+
+bench_image_size_gpu: # how the time of an image grows with its size, ViT-S and Swin-T
+	python benchmarks/bench_image_size.py --device cuda --batch_sizes 288,72,32 \
+		--out $(RESULTS)/image_size_gpu_$(MONTH).png
+
+determinism_gpu: # one GPU: the same samples and losses for any number of workers, and after kills
+	rm -rf runs/determinism_gpu
+	python launch/shards.py digits runs/determinism_gpu/digits
+	python benchmarks/determinism.py --train 'runs/determinism_gpu/digits/train-*.tar' --dir runs/determinism_gpu/runs \
+		--processes 1
+
+multi_gpu: # two, four or eight GPUs: one process, DDP and FSDP2 on digits; the losses printed at the end must agree
+	@test $(GPUS) -ge 2 || { echo "error: multi_gpu needs two or more GPUs, and nvidia-smi lists $(GPUS)"; exit 1; }
+	rm -rf runs/multi_gpu
+	python launch/shards.py digits runs/multi_gpu/digits
+	accelerate launch --config_file configs/accelerate/gpu1.yaml launch/pretrain.py $(DIGITS) --run_dir runs/multi_gpu/one
+	accelerate launch --config_file configs/accelerate/gpu8.yaml --num_processes $(GPUS) launch/pretrain.py $(DIGITS) \
+		--run_dir runs/multi_gpu/ddp
+	accelerate launch --config_file configs/accelerate/fsdp8.yaml --num_processes $(GPUS) launch/pretrain.py $(DIGITS) \
+		--run_dir runs/multi_gpu/fsdp
+	tail -n 1 runs/multi_gpu/*/metrics.jsonl

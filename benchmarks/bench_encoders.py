@@ -18,23 +18,18 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-import timm
 import torch
+from contestants import Contestant, builder
+from flops import forward_flops
+from models import MODELS, Vit
 from timing import WARMUP, interleaved, measured_on
-from torch import Tensor, nn
-from transformers import PreTrainedModel, SwinConfig, SwinForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
+from torch import Tensor
 
 from quarterlight.ssl.attention import choose_attention
-from quarterlight.ssl.config import DecoderConfig
-from quarterlight.ssl.mae import build_autoencoder
-from quarterlight.ssl.masking import random_masking
 
-VITS = {"vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}  # width, blocks, heads
-SWINS = {"swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]), "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32])}
 OURS = "ours"
-PIXELS = 3 * 16**2, 3 * 32**2  # values in a unit of a ViT, of a Swin
 MEMORY = ("peak", "peak_each_more", "saved_each_more")
 LEGEND = """\
 `x ours`: step time over that of `ours` in the same round, median. `peak`: memory of forward and backward pass beyond
@@ -45,125 +40,25 @@ formula (two for a multiplication, three forward passes for a step) over those t
 (`--peak_tflops`)."""
 
 
-class Contestant(NamedTuple):
-    """Masks are drawn outside of what is timed, since in a real run the loader's workers draw them."""
-
-    model: nn.Module
-    draw: Callable[[int, int], Any]  # (batch, seed) to masks
-    loss: Callable[[Tensor, Any], Tensor]  # of (images, masks)
-
-
-def ours(name: str, mask_ratio: float, **args: Any) -> Contestant:
-    model = build_autoencoder(name, **args)
-    return Contestant(
-        model,
-        lambda batch, seed: model.encoder.sample_masking(batch, mask_ratio, seed=seed),
-        lambda images, masking: model(images, masking, only_scored=True).loss,
-    )
-
-
-def hf_vit_mae(comparison: str, attention: str) -> Contestant:
-    width, depth, heads = VITS[comparison]
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
-    config = ViTMAEConfig(**shape, num_attention_heads=heads, norm_pix_loss=True, attn_implementation=attention)
-    model = ViTMAEForPreTraining(config)
-
-    def draw(batch: int, seed: int) -> Tensor:
-        return torch.rand(batch, 196, generator=torch.Generator().manual_seed(seed))
-
-    return Contestant(model, draw, lambda images, noise: model(images, noise=noise).loss)
-
-
-def hf_swin(comparison: str, attention: str) -> Contestant:
-    width, depths, heads = SWINS[comparison]
-    shape = {"embed_dim": width, "depths": depths, "num_heads": heads, "encoder_stride": 32}
-    config = SwinConfig(**shape, drop_path_rate=0.0, attn_implementation=attention)
-    model = SwinForMaskedImageModeling(config)
-
-    def draw(batch: int, seed: int) -> Tensor:
-        units = random_masking(batch, 49, 0.6, generator=torch.Generator().manual_seed(seed)).is_masked.view(-1, 7, 7)
-        return units.repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1)  # 32-pixel units of 8 x 8 patches
-
-    return Contestant(model, draw, lambda images, masked: model(images, bool_masked_pos=masked).loss)
-
-
-def timm_dense(name: str) -> Contestant:
-    model = timm.create_model(name, num_classes=0, drop_path_rate=0.0)
-
-    def loss(images: Tensor, _: Tensor) -> Tensor:
-        return model.forward_features(images).float().abs().mean()
-
-    return Contestant(model, lambda batch, seed: torch.empty(0), loss)
-
-
-def contestants(comparison: str) -> dict[str, Callable[[], Contestant]]:
-    """Returns how to build each contestant: ours, ours in another mode, and the others."""
-    if comparison in VITS:
-        name, hf, build_hf = f"{comparison}_patch16_224", "HF ViTMAE", hf_vit_mae
-        normal, mode, hidden = {}, "cross decoder, 1/3 of the masked", 0.75
-        special = {"decoder": DecoderConfig(name="cross"), "pred_share": 1 / 3}
+def contestants(comparison: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns kind and arguments of each contestant: ours, ours in another mode, and the others."""
+    if isinstance(MODELS[comparison], Vit):
+        hf, special, mode = "HF ViTMAE", "cross", "cross decoder, 1/3 of the masked"
     else:
-        name, hf, build_hf = f"{comparison}_patch4_window7_224", "HF SwinForMaskedImageModeling", hf_swin
-        normal, mode, hidden = {"decoder": DecoderConfig(depth=1)}, "SimMIM mode", 0.6
-        special = {"encode_masked": True, "decoder": DecoderConfig(name="linear"), "target": "pixels", "loss": "l1"}
+        hf, special, mode = "HF SwinForMaskedImageModeling", "simmim", "SimMIM mode"
     return {
-        OURS: partial(ours, name, 0.75, **normal),
-        f"{OURS}, {mode}": partial(ours, name, hidden, **special),
-        f"{hf} sdpa": partial(build_hf, comparison, "sdpa"),
-        f"{hf} eager": partial(build_hf, comparison, "eager"),
-        "timm dense": partial(timm_dense, name),
+        OURS: ("ours", {}),
+        f"{OURS}, {mode}": (special, {}),
+        f"{hf} sdpa": ("hf", {"attention": "sdpa"}),
+        f"{hf} eager": ("hf", {"attention": "eager"}),
+        "timm dense": ("dense", {}),
     }
 
 
-def block_flops(queries: float, keys: float, width: int) -> float:
-    """Returns operations of a transformer block: 2 * 12 C^2 a token, and 4 C for every key of a query."""
-    return queries * (24 * width**2 + 4 * keys * width)
-
-
-def vit_flops(width: int, depth: int, tokens: float) -> float:
-    """Returns operations of a ViT's encoder; `tokens` is the number of patches seen, of 196 that are embedded."""
-    return 2 * PIXELS[0] * width * 196 + depth * block_flops(tokens + 1, tokens + 1, width)
-
-
-def swin_flops(width: int, depths: list[int], share: float) -> float:
-    """Returns operations of a Swin's encoder that sees this share of every window of 7 x 7."""
-    total = 2 * 3 * 4**2 * width * share * 56**2
-    for stage, depth in enumerate(depths):
-        tokens, d = share * (56 >> stage) ** 2, width << stage
-        total += depth * block_flops(tokens, share * 49, d) + (2 * 4 * (d // 2) * d * tokens if stage else 0)
-    return total
-
-
-def decoder_flops(encoder_width: int, depth: int, kept: int, hidden: int, values: int, *, tail: bool) -> float:
-    """Returns operations of MAE's decoder, 512 wide; with `tail` its end is computed for hidden units only."""
-    everything = kept + hidden
-    ends = hidden if tail else everything
-    total = 2 * encoder_width * 512 * kept + (depth - 1) * block_flops(everything, everything, 512)
-    # Of the last block keys and values (a sixth of the linear layers' work) are those of all tokens either way.
-    return total + block_flops(ends, everything, 512) + 4 * 512**2 * (everything - ends) + 2 * 512 * values * ends
-
-
-def cross_flops(encoder_width: int, depth: int, kept: int, predicted: int, values: int) -> float:
-    """Returns operations of the cross decoder: queries look at the kept tokens, of which keys and values are made."""
-    total = 2 * encoder_width * 512 * kept + 2 * 512 * values * predicted
-    return total + depth * (predicted * (20 * 512**2 + 4 * kept * 512) + 4 * 512**2 * kept)
-
-
-def forward_flops(comparison: str) -> dict[str, float]:
-    """Returns operations of a forward pass for one image, of each contestant in the order of `contestants`."""
-    if comparison in VITS:
-        width, depth, _ = VITS[comparison]
-        visible, dense = vit_flops(width, depth, 49), vit_flops(width, depth, 196)
-        normal = visible + decoder_flops(width, 8, 50, 147, PIXELS[0], tail=True)
-        special = visible + cross_flops(width, 8, 50, 49, PIXELS[0])
-        theirs = visible + decoder_flops(width, 8, 50, 147, PIXELS[0], tail=False)
-    else:
-        width, depths, _ = SWINS[comparison]
-        visible, dense = swin_flops(width, depths, 12 / 49), swin_flops(width, depths, 1)
-        normal = visible + decoder_flops(8 * width, 1, 12, 37, PIXELS[1], tail=True)
-        special = dense + 2 * 8 * width * PIXELS[1] * 30  # of 49 units at a ratio of 0.6
-        theirs = dense + 2 * 8 * width * PIXELS[1] * 49
-    return dict(zip(contestants(comparison), (normal, special, theirs, theirs, dense), strict=True))
+def build(comparison: str, name: str) -> Contestant:
+    """Returns a contestant by its name in the table."""
+    kind, args = contestants(comparison)[name]
+    return builder(comparison, kind, **args)()
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
@@ -200,8 +95,7 @@ def saved_bytes(run: Callable[[], object]) -> int:
 def prepare(contestant: Contestant, given: argparse.Namespace) -> tuple[Callable[..., None], Callable[..., None]]:
     """Returns forward and backward pass, and a whole training step, as functions of images and masks."""
     model = contestant.model.to(given.device).train()
-    if not isinstance(model, PreTrainedModel):  # timm's dense model gets the faster kernel too
-        choose_attention(model, torch.device(given.device), given.precision)
+    choose_attention(model, torch.device(given.device), given.precision)  # timm's dense model gets the faster one too
     loss_of = contestant.loss
     if given.compile:  # a shape each: batches of two sizes would otherwise make the second graph one for any size
         loss_of = torch.compile(loss_of, dynamic=False)
@@ -223,11 +117,11 @@ def prepare(contestant: Contestant, given: argparse.Namespace) -> tuple[Callable
 def memory(comparison: str, name: str, given: argparse.Namespace) -> dict[str, float]:
     """Returns MiB an image of one contestant; meant to be the first thing its process does."""
     torch.set_num_threads(given.threads)
-    contestant = contestants(comparison)[name]()
+    contestant, side = build(comparison, name), MODELS[comparison].side
     forward_backward, step = prepare(contestant, given)
     peak, saved, few, many = {}, {}, given.batch_size // 2, given.batch_size
     for size in (few, many):
-        images, masks = torch.randn(size, 3, 224, 224).to(given.device), contestant.draw(size, 0).to(given.device)
+        images, masks = torch.randn(size, 3, side, side).to(given.device), contestant.draw(size, 0).to(given.device)
         for _ in range(2):  # gradients and optimizer state exist from here on
             step(images, masks)
         run = partial(forward_backward, images, masks)
@@ -239,14 +133,14 @@ def memory(comparison: str, name: str, given: argparse.Namespace) -> dict[str, f
 
 def measure(comparison: str, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns memory, unless it is not wanted, and step times of each contestant."""
-    figures, steps = {}, {}
-    images = torch.randn(given.batch_size, 3, 224, 224).to(given.device)
-    for name, build in contestants(comparison).items():
+    figures, steps, side = {}, {}, MODELS[comparison].side
+    images = torch.randn(given.batch_size, 3, side, side).to(given.device)
+    for name in contestants(comparison):
         figures[name] = {}
         if not given.no_memory:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 figures[name] = pool.submit(memory, comparison, name, given).result()
-        contestant = build()
+        contestant = build(comparison, name)
         masks = [contestant.draw(given.batch_size, seed).to(given.device) for seed in range(WARMUP + given.rounds)]
         _, step = prepare(contestant, given)
         steps[name] = lambda r, step=step, masks=masks: step(images, masks[r])
@@ -254,7 +148,8 @@ def measure(comparison: str, given: argparse.Namespace) -> dict[str, dict[str, A
         rate = given.batch_size / median(seconds)
         figures[name] |= {"ms": 1000 * median(seconds), "images_per_s": rate, "seconds": seconds}
         if given.peak_tflops:
-            figures[name]["mfu"] = 3 * forward_flops(comparison)[name] * rate / (1e12 * given.peak_tflops)
+            flops = 3 * forward_flops(MODELS[comparison], contestants(comparison)[name][0])
+            figures[name]["mfu"] = flops * rate / (1e12 * given.peak_tflops)
     return figures
 
 
@@ -291,7 +186,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", default="vit_base,swin_base", help=f"from {', '.join([*VITS, *SWINS])}")
+    parser.add_argument("--models", default="vit_base,swin_base", help=f"from {', '.join(MODELS)}")
     parser.add_argument("--batch_size", type=int, default=8, help="images a step, at least 2")
     parser.add_argument("--rounds", type=int, default=8, help=f"after {WARMUP} of warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
@@ -310,7 +205,9 @@ def main() -> None:
     for comparison in given.models.split(","):
         figures = comparisons[comparison] = measure(comparison, given)
         found |= headlines(comparison, figures)
-        section = f"## {comparison}, {given.batch_size} images of 224 pixels\n\n{table(figures)}\n"
+        section = (
+            f"## {comparison}, {given.batch_size} images of {MODELS[comparison].side} pixels\n\n{table(figures)}\n"
+        )
         text += f"\n{section}"
         print(section, flush=True)
     if given.out:

@@ -7,7 +7,6 @@ how much steps take longer than those without a loader. The last line is a JSON 
 """
 
 import argparse
-import contextlib
 import json
 import tempfile
 import time
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench_loader import measured_on, open_shards, read_images, write_set
+from step import MEAN, STD, Arrival, Step
 
-from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.augment import Normalize, random_crop
 from quarterlight.ssl.batches import Batch, Samples
 from quarterlight.ssl.config import DataConfig
@@ -31,30 +30,13 @@ from quarterlight.ssl.spans import Spans
 
 MASK_RATIO = 0.75
 WARMUP = 5  # steps before time is taken, and with workers so many more that what lay ready at the start is used up
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-
-class Step:
-    """A pretraining step: forward and backward pass in bf16 on CUDA, and AdamW."""
-
-    def __init__(self, autoencoder: MaskedAutoencoder, device: torch.device) -> None:
-        self.device = device
-        self.task = PretrainTask(autoencoder, Normalize(MEAN, STD)).to(device)
-        self.optimizer = torch.optim.AdamW(self.task.parameters(), lr=1e-4, fused=device.type == "cuda")
-
-    def __call__(self, batch: Batch) -> None:
-        with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext():
-            loss, _ = self.task(batch.to(self.device))
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def warmup(workers: int) -> int:
     return WARMUP + 4 * workers
 
 
-def seconds_a_step(step: Step, batches: Iterator[Batch], count: int, workers: int = 0) -> float:
+def seconds_a_step(step: Step | Arrival, batches: Iterator[Batch], count: int, workers: int = 0) -> float:
     """Returns the mean over `count` steps after those that warm up, from the device's idleness to its idleness."""
 
     def take(steps: int) -> float:
@@ -69,14 +51,17 @@ def seconds_a_step(step: Step, batches: Iterator[Batch], count: int, workers: in
     return take(count) / count
 
 
-def batches_of(samples: Samples, given: argparse.Namespace, workers: int) -> Iterator[Batch]:
-    spans = Spans(
-        range(warmup(workers) + given.steps),
-        batch_size=given.batch_size,
-        micro_batch_size=given.batch_size,
-        rank=0,
-        world_size=1,
-    )
+def samples_of(folder: Path, autoencoder: MaskedAutoencoder) -> Samples:
+    """Returns what pretraining of the autoencoder reads of the set in `folder`."""
+    index, encoder = open_shards(folder), autoencoder.encoder
+    order, crop = ShuffledOrder(np.arange(len(index)), 0), random_crop(DataConfig(train=""), encoder.img_size)
+    return Samples(index, order, crop, 0, masks=encoder.mask_sampler(MASK_RATIO))
+
+
+def batches_of(samples: Samples, batch_size: int, steps: int, workers: int) -> Iterator[Batch]:
+    """Returns batches for so many steps behind those that warm up."""
+    steps += warmup(workers)
+    spans = Spans(range(steps), batch_size=batch_size, micro_batch_size=batch_size, rank=0, world_size=1)
     return iter(build_loader(samples, spans, num_workers=workers))
 
 
@@ -87,23 +72,18 @@ def the_same(batch: Batch) -> Iterator[Batch]:
 
 def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Prints the table and returns its figures."""
-    index, device = open_shards(folder), torch.device(given.device)
+    device = torch.device(given.device)
     autoencoder = build_autoencoder(given.encoder, img_size=given.img_size)
-    choose_attention(autoencoder, device, "bf16" if device.type == "cuda" else "no")
-    samples = Samples(
-        index,
-        ShuffledOrder(np.arange(len(index)), 0),
-        random_crop(DataConfig(train=""), autoencoder.encoder.img_size),
-        0,
-        masks=autoencoder.encoder.mask_sampler(MASK_RATIO),
-    )
-    step = Step(autoencoder, device)
-    alone = seconds_a_step(step, the_same(next(batches_of(samples, given, 0)).to(device)), given.steps)
+    samples = samples_of(folder, autoencoder)
+    task = PretrainTask(autoencoder, Normalize(MEAN, STD))
+    step = Step(task, device, "bf16" if device.type == "cuda" else "no")
+    there = next(batches_of(samples, given.batch_size, given.steps, 0)).to(device)
+    alone = seconds_a_step(step, the_same(there), given.steps)
     print("| batches | images/s | waiting |\n|---|---|---|")
     print(f"| there already | {given.batch_size / alone:.0f} | |", flush=True)
     found: dict[str, Any] = {"images_per_s": given.batch_size / alone}
     for workers in given.workers:
-        fed = seconds_a_step(step, batches_of(samples, given, workers), given.steps, workers)
+        fed = seconds_a_step(step, batches_of(samples, given.batch_size, given.steps, workers), given.steps, workers)
         waiting = max(0.0, 1 - alone / fed)
         print(f"| by {workers} workers | {given.batch_size / fed:.0f} | {100 * waiting:.1f} % |", flush=True)
         found |= {f"images_per_s_{workers}_workers": given.batch_size / fed, f"waiting_{workers}_workers": waiting}

@@ -2,7 +2,7 @@
 
 python benchmarks/determinism.py --train 'shards/cifar10/train-*.tar' --dir runs/determinism
 
-Runs the real pretraining command for some steps with 1 and 2 CPU processes and 0, 1 and 3 workers, recording a hash of
+Runs the real pretraining command for some steps with 1 and 2 processes and 0, 1 and 3 workers, recording a hash of
 the key, pixels and mask of every sample, and once more with SIGKILL at random moments.
 """
 
@@ -76,12 +76,15 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="a new folder for the runs")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1: what one GPU can do")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     reference = given.dir / "1-process-0-workers"
     figures = []
     print(f"{'processes':>9} {'workers':>7} {'samples equal':>13} {'largest loss difference':>23}")
     for processes, workers in SETTINGS:
+        if processes not in given.processes:
+            continue
         run_dir = given.dir / f"{processes}-process-{workers}-workers"
         words = command(given.train, run_dir, given.steps, workers, processes)
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)

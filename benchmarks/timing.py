@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,34 @@ def interleaved(
     return seconds
 
 
+def versions_of(*packages: str) -> str:
+    """Returns the versions of packages in a line."""
+
+    def named(package: str) -> str:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"no {package}"
+
+    return ", ".join(map(named, packages))
+
+
+def command_line() -> str:
+    """Returns how this benchmark was called."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def cpu_name() -> str:
+    """Returns the processor, and which bf16 instructions it has."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    name = next(line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name"))
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
+    return f"{name} ({', '.join(flags) or 'no bf16 instructions'})"
+
+
 def measured_on(given: argparse.Namespace, *packages: str) -> str:
     """Returns date, hardware, versions and command in markdown."""
-    if given.device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    else:
-        cpu = Path("/proc/cpuinfo").read_text()
-        name = next(line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name"))
-        flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
-        hardware = f"{name} ({', '.join(flags) or 'no bf16 instructions'}), {given.threads} thread(s)"
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    hardware = torch.cuda.get_device_name() if given.device == "cuda" else f"{cpu_name()}, {given.threads} thread(s)"
     hardware += ", CPU time" if given.device == "cpu" and given.threads == 1 else ""
-    return f"{date.today()} · {hardware} · {versions} · precision {given.precision}\n\n`{command}`"
+    told = f"{date.today()} · {hardware} · {versions_of(*packages)} · precision {given.precision}"
+    return f"{told}\n\n`{command_line()}`"
