@@ -1,5 +1,5 @@
 .PHONY: setup format check test bench_gpu bench_gpu_more bench_gpu_quick bench_encoders_gpu bench_image_size_gpu \
-	determinism_gpu multi_gpu
+	determinism_gpu multi_gpu cifar10_gpu cifar10_cpu compare_transformers
 
 setup: # .typing shows type checkers the import names; the folders are called otherwise
 	pip install -e '.[dev]'
@@ -60,3 +60,15 @@ multi_gpu: # two, four or eight GPUs: one process, DDP and FSDP2 on digits; the 
 	accelerate launch --config_file configs/accelerate/fsdp8.yaml --num_processes $(GPUS) launch/pretrain.py $(DIGITS) \
 		--run_dir runs/multi_gpu/fsdp
 	tail -n 1 runs/multi_gpu/*/metrics.jsonl
+
+# CIFAR-10: what is learned, with the pages in benchmarks/results. Stopped targets go on where they were.
+STORY = python benchmarks/cifar10.py --dir runs/cifar10_$*
+cifar10_cpu cifar10_gpu: cifar10_%: shards/cifar10 # two cores: three hours; one GPU: a day
+	$(STORY) --scale $* --jobs $(if $(filter cpu,$*),2,4)
+	$(STORY) --scale $* --page $(RESULTS)/cifar10_story_$*_$(MONTH).md
+
+compare_transformers: shards/cifar10 # the loss of ours and of transformers' ViTMAE on the same batches: half an hour
+	python benchmarks/compare_transformers.py --out runs/compare_transformers
+
+shards/cifar10: # downloads CIFAR-10; from a folder: python launch/shards.py FOLDER shards/cifar10
+	python launch/shards.py cifar10 $@
