@@ -10,8 +10,9 @@ Every step draws one batch for all contestants, with the crops and masks of laun
 - `ViTMAE, its example's recipe`: a new ViTMAEForPreTraining with the paper's fixed sine-cosine positions and normal
   mask and class tokens put in, trained as examples/pytorch/image-pretraining does by transformers' Trainer: AdamW with
   betas 0.9 and 0.999, weight decay but for biases and norms, cosine with 5 % of warm-up. The peak rate is ours.
-- `ViTMAE as shipped`: the same without putting anything in: transformers 5 leaves positions and both tokens at zero,
-  and the positions are frozen.
+- `ViTMAE, its own start, our optimizer`: the same model under our optimizer: what of the difference is the start.
+- `ViTMAE as shipped`: the example's recipe with nothing put in: transformers 5 leaves positions and both tokens at
+  zero, and the positions are frozen.
 
 losses.jsonl in --out has every step; curves.png and summary.json are made of it, also after a kill by --summarize.
 """
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from timing import interleaved, measured_on
 from torch import Tensor
-from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup
+from transformers import ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
 from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figure
@@ -51,12 +52,14 @@ from quarterlight.ssl.write_transformers import hf_autoencoder, write_folder
 IMG_SIZE, PATCH, MASK_RATIO = 32, 4, 0.75
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 WIDTH, HEADS = 192, 3
-OURS, SAME, EXAMPLE, SHIPPED = (
-    "ours",
-    "ViTMAE, our start and optimizer",
-    "ViTMAE, its example's recipe",
-    "ViTMAE as shipped",
-)
+OURS, SAME = "ours", "ViTMAE, our start and optimizer"
+TITLES = {  # by the names that --contestants takes
+    "ours": OURS,
+    "same": SAME,
+    "own_start": "ViTMAE, its own start, our optimizer",
+    "example": "ViTMAE, its example's recipe",
+    "shipped": "ViTMAE as shipped",
+}
 
 
 class Contestant(NamedTuple):
@@ -132,6 +135,10 @@ def put_positions_in(model: ViTMAEForPreTraining) -> None:
         torch.nn.init.normal_(token, std=0.02)
 
 
+def our_loss(model: MaskedAutoencoder) -> Callable[[Tensor, Batch], Tensor]:
+    return lambda images, batch: model(images, batch.masking, only_scored=True).loss  # type: ignore[arg-type]
+
+
 def hf_loss(model: ViTMAEForPreTraining) -> Callable[[Tensor, Batch], Tensor]:
     # ViTMAE keeps the patches with the smallest noise; what restores our shuffling is the rank of each patch in it.
     return lambda images, batch: model(images, noise=batch.masking.ids_restore.float()).loss  # type: ignore[union-attr]
@@ -144,7 +151,7 @@ def by_our_schedule(loss: Any, model: torch.nn.Module, given: argparse.Namespace
     return Contestant(loss, optimizer, lambda number: set_lr(optimizer, schedule.lr_at(number)))
 
 
-def by_its_example(model: ViTMAEForPreTraining, given: argparse.Namespace) -> Contestant:
+def by_its_example(loss: Any, model: torch.nn.Module, given: argparse.Namespace) -> Contestant:
     names = get_parameter_names(model, [torch.nn.LayerNorm], ["bias", "layernorm"])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -154,37 +161,39 @@ def by_its_example(model: ViTMAEForPreTraining, given: argparse.Namespace) -> Co
     peak_lr = given.base_lr * given.batch_size / 256
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.999), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * given.steps), given.steps)
-    return Contestant(hf_loss(model), optimizer, lambda number: schedule.step() if number else None)
+    return Contestant(loss, optimizer, lambda number: schedule.step() if number else None)
 
 
 def faster_attention(given: argparse.Namespace, images: Tensor, batch: Batch) -> str:
     """Returns which of transformers' attention settings makes the faster step here."""
     steps = {}
     for attention in ("eager", "sdpa"):
-        contestant = by_its_example(new_vit_mae(given, attention).to(given.device).train(), given)
+        model = new_vit_mae(given, attention).to(given.device).train()
+        contestant = by_its_example(hf_loss(model), model, given)
         steps[attention] = lambda _, c=contestant: c.step(images, batch, 0, given.precision)
     seconds = {name: median(taken) for name, taken in interleaved(steps, 5, given.device).items()}
     return min(seconds, key=seconds.__getitem__)
 
 
 def contestants(given: argparse.Namespace, attention: str) -> dict[str, Contestant]:
-    """Returns all four, the second a copy of the first."""
-    autoencoder = ours(given)
-    twin, example, shipped = as_vit_mae(autoencoder, attention), new_vit_mae(given, attention), None
-    put_positions_in(example)
-    shipped = new_vit_mae(given, attention)
-    for model in (autoencoder, twin, example, shipped):
+    """Returns those that were asked for, by their titles; all that start alike are copies."""
+    found = {}
+    for name in given.contestants:
+        model: Any = ours(given)
+        if name == "same":
+            model = as_vit_mae(model, attention)
+        elif name != "ours":
+            model = new_vit_mae(given, attention)
+            if name != "shipped":
+                put_positions_in(model)
         model.to(given.device).train()
-        if not isinstance(model, PreTrainedModel):
+        if name == "ours":
             choose_attention(model, torch.device(given.device), given.precision)
-    return {
-        OURS: by_our_schedule(
-            lambda images, batch: autoencoder(images, batch.masking, only_scored=True).loss, autoencoder, given
-        ),
-        SAME: by_our_schedule(hf_loss(twin), twin, given),
-        EXAMPLE: by_its_example(example, given),
-        SHIPPED: by_its_example(shipped, given),
-    }
+        loss = our_loss(model) if name == "ours" else hf_loss(model)
+        by_example = name in ("example", "shipped")
+        build = by_its_example if by_example else by_our_schedule
+        found[TITLES[name]] = build(loss, model, given)
+    return found
 
 
 def batches(given: argparse.Namespace) -> Iterator[Batch]:
@@ -236,22 +245,25 @@ def summarize(out: Path) -> dict[str, Any]:
     names = list(lines[0]["loss"])
     last = lines[-max(2, len(lines) // 10) :]
     found: dict[str, Any] = {"steps": len(lines), "images": len(lines) * facts["batch_size"], **facts}
-    apart = [line["loss"][OURS] - line["loss"][SAME] for line in lines]
-    found["ours_minus_same"] = {
-        "last tenth, mean": mean(apart[-len(last) :]),
-        "last tenth, standard error": stdev(apart[-len(last) :]) / math.sqrt(len(last)),
-        "largest of the first 20 steps": max(map(abs, apart[:20])),
-    }
+    if {OURS, SAME} <= set(names):
+        apart = [line["loss"][OURS] - line["loss"][SAME] for line in lines]
+        found["ours_minus_same"] = {
+            "last tenth, mean": mean(apart[-len(last) :]),
+            "last tenth, standard error": stdev(apart[-len(last) :]) / math.sqrt(len(last)),
+            "largest of the first 20 steps": max(map(abs, apart[:20])),
+        }
     for name in names:
         found[name] = {
             "loss": mean(line["loss"][name] for line in last),
             "seconds": sum(line["seconds"][name] for line in lines),
-            "step time / ours": median(line["seconds"][name] / line["seconds"][OURS] for line in lines),
         }
+        if OURS in names:
+            ratios = [line["seconds"][name] / line["seconds"][OURS] for line in lines]
+            found[name]["step time / ours"] = median(ratios)
     picture = new_picture(
         "curves",
         "Training loss on the same batches, over images and over seconds",
-        "Means of 20 steps. All four are trained side by side, step by step, in one process; the seconds are those "
+        "Means of 20 steps. All are trained side by side, step by step, in one process; the seconds are those "
         "that each spent in its own steps.",
         height=3.4,
     )
@@ -278,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", default="shards/cifar10", help="folder of what launch/shards.py has made")
     parser.add_argument("--out", type=Path, required=True, help="folder for losses.jsonl, curves.png and summary.json")
+    parser.add_argument("--contestants", default=",".join(TITLES), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--base_lr", type=float, default=2e-3, help="for 256 images")
@@ -288,6 +301,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
     parser.add_argument("--summarize", action="store_true", help="train nothing: make picture and summary anew")
     given = parser.parse_args()
+    given.contestants = given.contestants.split(",")
+    if unknown := [name for name in given.contestants if name not in TITLES]:
+        sys.exit(f"error: --contestants {unknown[0]} is unknown: use some of {','.join(TITLES)}")
     torch.set_num_threads(given.threads)
     if not given.summarize:
         race(given)

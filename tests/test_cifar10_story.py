@@ -86,9 +86,11 @@ def test_the_same_start_and_optimizer_give_the_same_losses_as_transformers(tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "losses.jsonl").read_text().splitlines()]
-    ours, same, example, shipped = list(lines[0]["loss"])
+    ours, same, own_start, example, shipped = list(lines[0]["loss"])
     for line in lines:
         assert line["loss"][ours] == pytest.approx(line["loss"][same], abs=2e-5)
-        assert len({round(line["loss"][name], 4) for name in (ours, example, shipped)}) == 3
+    first, last = lines[0]["loss"], lines[-1]["loss"]
+    assert first[own_start] == first[example] != last[example] and last[own_start] != last[example]
+    assert len({round(last[name], 4) for name in (ours, own_start, example, shipped)}) == 4
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == 32
