@@ -21,7 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from cifar10_page import commands, draw_losses, few_shot_table, headline, options_table, write_reference
+from cifar10_page import commands, draw_losses, few_shot_table, headline, options_table, others_table, write_reference
+from timing import cpu_name
 
 ROOT = Path(__file__).parents[1]
 SEEDS = 0, 1, 2
@@ -116,7 +117,9 @@ def story(scale: Scale) -> list[Run]:
         runs.append(Run("finetune", f"finetune-{seed}", "finetune", scale.vit, {**few, "seed": seed}, init))
         runs.append(Run("finetune", f"scratch-{seed}", "finetune", scale.vit, {**few, "seed": seed, **scratch}, init))
     runs.append(Run("swin", "swin", "pretrain", scale.swin, seen))
-    runs.append(Run("swin", "probe-swin", "linear_probe", scale.swin, scale.probe, "swin"))
+    for name, untrained in (("pretrained", False), ("untrained", True)):
+        options = {"untrained": untrained, **scale.probe}
+        runs.append(Run("swin", f"swin-probe-{name}", "linear_probe", scale.swin, options, "swin"))
     runs.append(Run("finetune", "scratch-longer", "finetune", scale.vit, {**longer, "seed": 0, **scratch}, "mae-0"))
     for name, untrained in (("pretrained", False), ("untrained", True)):
         runs.append(Run("few_shot", f"few_shot-{name}", "few_shot", "", {"untrained": untrained}, "mae-0"))
@@ -202,7 +205,7 @@ def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str
 
 def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Path) -> None:
     """Writes tables and commands of what is finished, and its losses as PNGs beside the page."""
-    of = {name: [run for run in runs if run.group == name] for name in ("headline", "options", "swin", "finetune")}
+    of = {name: [run for run in runs if run.group == name] for name in ("headline", "options", "probe", "finetune")}
     environment = json.loads((folder / "mae-0" / "environment.json").read_text())
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "timm", "accelerate"))
     changed = {
@@ -213,9 +216,11 @@ def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Pat
     for group, title in (("headline", "Pretraining with three seeds"), ("options", "One option changed at a time")):
         there = {run.name: folder / run.name for run in of[group] if is_finished(run, folder)}
         draw_losses(page.with_name(f"{page.stem}_{group}.png"), title, there, sizes)
+    device = environment["device"]
+    hardware = f"{cpu_name()}, {environment['torch_threads']} thread(s) a run" if device.endswith("CPU") else device
     text = f"""# CIFAR-10 from images to figures
 
-{date.today()} · {environment["device"]}, {environment["torch_threads"]} thread(s) a run · {versions}
+{date.today()} · {hardware} · {versions}
 
 50,000 images to train on, and 10,000 to report on.
 
@@ -230,6 +235,10 @@ def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Pat
 {options_table(folder, [(run.name, changed[run.name]) for run in of["options"]])}
 
 ![Loss of every run that changes an option]({page.stem}_options.png)
+
+## Other runs
+
+{others_table(folder, [run.name for run in runs if run.group not in of or run.name == "scratch-longer"])}
 
 ## Few labels, frozen encoder
 

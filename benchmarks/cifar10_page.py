@@ -67,6 +67,18 @@ def options_table(folder: Path, rows: Sequence[tuple[str, str]]) -> str:
     return table(["changed", "loss", "linear %", "k-NN %"], lines)
 
 
+def others_table(folder: Path, names: Sequence[str]) -> str:
+    """Returns a line for every run that is finished: its loss, or its accuracies."""
+    figures = {"loss": ".4f", "linear_top1": ".2f", "val_top1": ".2f"}
+    lines = []
+    for name in names:
+        if (found := result_of(folder, name)) and set(found) & set(figures):
+            k_nn = f"{found['knn_top1']['avg_k20']:.2f}" if "knn_top1" in found else ""
+            told = [format(found[key], form) if key in found else "" for key, form in figures.items()]
+            lines.append([f"`{name}`", *told[:2], k_nn, told[2]])
+    return table(["run", "training loss", "linear probe %", "k-NN %", "fine-tuned %"], lines)
+
+
 def few_shot_table(folder: Path, names: Sequence[str]) -> str:
     """Returns accuracy by labels a class: mean and standard deviation over the draws, a line a run."""
     lines, shots = [], []
