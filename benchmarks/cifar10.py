@@ -21,7 +21,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from cifar10_page import commands, draw_losses, few_shot_table, headline, options_table, others_table, write_reference
+from cifar10_page import (
+    commands,
+    draw_losses,
+    few_shot_table,
+    headline,
+    options_table,
+    others_table,
+    result_of,
+    write_reference,
+)
 from timing import cpu_name
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +125,10 @@ def story(scale: Scale) -> list[Run]:
             runs.append(Run("probe", f"probe-{name}-{seed}", "linear_probe", scale.vit, options, init))
         runs.append(Run("finetune", f"finetune-{seed}", "finetune", scale.vit, {**few, "seed": seed}, init))
         runs.append(Run("finetune", f"scratch-{seed}", "finetune", scale.vit, {**few, "seed": seed, **scratch}, init))
+    for change in OPTIONS:
+        name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in change.items())
+        short = length(scale.short_images // change.get("batch_size", scale.batch_size))
+        runs.append(Run("options", f"short-{name}", "pretrain", scale.vit, {**short, **seen, **change}))
     runs.append(Run("swin", "swin", "pretrain", scale.swin, seen))
     for name, untrained in (("pretrained", False), ("untrained", True)):
         options = {"untrained": untrained, **scale.probe}
@@ -123,10 +136,6 @@ def story(scale: Scale) -> list[Run]:
     runs.append(Run("finetune", "scratch-longer", "finetune", scale.vit, {**longer, "seed": 0, **scratch}, "mae-0"))
     for name, untrained in (("pretrained", False), ("untrained", True)):
         runs.append(Run("few_shot", f"few_shot-{name}", "few_shot", "", {"untrained": untrained}, "mae-0"))
-    for change in OPTIONS:
-        name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in change.items())
-        short = length(scale.short_images // change.get("batch_size", scale.batch_size))
-        runs.append(Run("options", f"short-{name}", "pretrain", scale.vit, {**short, **seen, **change}))
     if scale.all_labels:
         # github.com/IcarusWizard/MAE has 89.77 % after 2,000 epochs at patches of 2, and 74.13 % without pretraining.
         finer = {
@@ -160,12 +169,9 @@ def words(run: Run, shards: str, folder: Path) -> list[str]:
     return out
 
 
-def is_finished(run: Run, folder: Path) -> bool:
+def is_finished(name: str, folder: Path) -> bool:
     """Returns whether a run has left its final figures."""
-    try:
-        return bool(json.loads((folder / run.name / "result.json").read_text())["finished"])
-    except (OSError, ValueError, KeyError):
-        return False
+    return result_of(folder, name) is not None
 
 
 def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str]:
@@ -180,11 +186,12 @@ def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str
             ended[run.name].set_result(None)
 
     def start(run: Run) -> str | None:
-        if is_finished(run, folder):
+        if is_finished(run.name, folder):
             return None
         if run.init:
-            ended[run.init].result()  # it stands before this one, so a thread has it in hand or is done with it
-            if not is_finished(next(x for x in runs if x.name == run.init), folder):
+            if run.init in ended:
+                ended[run.init].result()  # it stands before this one, so a thread has it in hand or is done with it
+            if not is_finished(run.init, folder):
                 return f"{run.name}: {run.init}, whose encoder it takes, is not there"
         line = words(run, shards, folder)
         print(f"$ python {shlex.join(line)}", flush=True)
@@ -214,7 +221,7 @@ def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Pat
     }
     sizes = {run.name: run.options.get("batch_size", SCALES[scale].batch_size) for run in runs}
     for group, title in (("headline", "Pretraining with three seeds"), ("options", "One option changed at a time")):
-        there = {run.name: folder / run.name for run in of[group] if is_finished(run, folder)}
+        there = {run.name: folder / run.name for run in of[group] if is_finished(run.name, folder)}
         draw_losses(page.with_name(f"{page.stem}_{group}.png"), title, there, sizes)
     device = environment["device"]
     hardware = f"{cpu_name()}, {environment['torch_threads']} thread(s) a run" if device.endswith("CPU") else device
@@ -274,7 +281,7 @@ def main() -> None:
         return
     if given.curves:
         for run in runs:
-            if run.name in ("mae-0", "swin") and is_finished(run, given.dir):
+            if run.name in ("mae-0", "swin") and is_finished(run.name, given.dir):
                 write_reference(given.dir / run.name, given.curves / run.config)
         return
     if given.list:
