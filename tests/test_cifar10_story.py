@@ -69,6 +69,9 @@ def test_a_story_runs_continues_and_becomes_a_page(tmp_path, monkeypatch):
     before = (folder / "mae-0" / "metrics.jsonl").stat().st_mtime_ns
     assert len(carry_out(runs, str(tmp_path / "shards"), folder, 1)) == 1
     assert (folder / "mae-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    alone = [run for run in runs if run.name.startswith("probe")]  # as by --only
+    (folder / alone[0].name / "result.json").unlink()
+    assert carry_out(alone, str(tmp_path / "shards"), folder, 1) == []
     monkeypatch.setattr(cifar10, "OPTIONS", cifar10.OPTIONS[:1])
     page = tmp_path / "page.md"
     write_page(runs, "cpu", page, "shards/cifar10", folder)
