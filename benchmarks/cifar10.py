@@ -49,6 +49,7 @@ class Run:
     config: str
     options: dict[str, Any]
     init: str | None = None  # the run whose encoder it takes
+    changed: str = ""  # what it changes of the recipe, where that is what it is for
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Scale:
     swin: str
     batch_size: int  # of the recipe
     short_images: int  # that a run sees which compares options
+    rates: list[dict[str, Any]]  # what is compared beside OPTIONS; base_lr is for 256 images, whatever the batch
     few_labels: dict[str, Any]  # fine-tuning on 300 labels a class
     longer: dict[str, Any]  # twice as long, for training from scratch
-    all_labels: bool  # whether there is time to fine-tune on 5,000 labels a class
+    all_labels: dict[str, Any] | None  # fine-tuning on 5,000 labels a class, where there is time for it
     probe: dict[str, Any]
 
 
@@ -70,15 +72,17 @@ def length(steps: int) -> dict[str, Any]:
     return {"epochs": None, "steps": steps, "optim.warmup_epochs": None, "optim.warmup_steps": steps // 10}
 
 
+FEW = {"data.samples_per_class": 300, "evaluate_every_steps": 0}
 SCALES = {
     "cpu": Scale(
         vit="cifar10_vit_cpu",
         swin="cifar10_swin_cpu",
         batch_size=128,
         short_images=1200 * 128,
+        rates=[{"optim.base_lr": 1e-3}, {"batch_size": 256}, {"batch_size": 256, "optim.base_lr": 1e-3}],
         few_labels={},
         longer={"epochs": 30, "optim.warmup_epochs": 4},
-        all_labels=False,
+        all_labels=None,
         probe={"data.samples_per_class": 1000},
     ),
     "gpu": Scale(
@@ -86,13 +90,14 @@ SCALES = {
         swin="cifar10_swin_tiny",
         batch_size=256,
         short_images=100 * 50_000,
-        few_labels={"data.samples_per_class": 300, "epochs": 300, "optim.warmup_epochs": 20},
-        longer={"data.samples_per_class": 300, "epochs": 600, "optim.warmup_epochs": 40},
-        all_labels=True,
+        rates=[{"optim.base_lr": 2e-3}, {"batch_size": 128, "optim.base_lr": 2e-3}, {"batch_size": 1024}],
+        few_labels=FEW | {"epochs": 300, "optim.warmup_epochs": 20},
+        longer={"epochs": 600, "optim.warmup_epochs": 40},
+        all_labels={},
         probe={},
     ),
 }
-# What a comparison changes of the recipe. All see as many images; base_lr is for 256 of them, whatever the batch.
+# What a comparison changes of the recipe. All see as many images.
 OPTIONS: list[dict[str, Any]] = [
     {"seed": 0},
     {"seed": 1},
@@ -106,9 +111,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"decoder.name": "cross"},
     {"mask.strategy": "grid"},
     {"seed": 2},
-    {"optim.base_lr": 1e-3},
-    {"batch_size": 256},
-    {"batch_size": 256, "optim.base_lr": 1e-3},
 ]
 
 
@@ -125,18 +127,21 @@ def story(scale: Scale) -> list[Run]:
             runs.append(Run("probe", f"probe-{name}-{seed}", "linear_probe", scale.vit, options, init))
         runs.append(Run("finetune", f"finetune-{seed}", "finetune", scale.vit, {**few, "seed": seed}, init))
         runs.append(Run("finetune", f"scratch-{seed}", "finetune", scale.vit, {**few, "seed": seed, **scratch}, init))
-    for change in OPTIONS:
+    for change in OPTIONS + scale.rates:
         name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in change.items())
         short = length(scale.short_images // change.get("batch_size", scale.batch_size))
-        runs.append(Run("options", f"short-{name}", "pretrain", scale.vit, {**short, **seen, **change}))
+        told = ", ".join(f"`{key} {value}`" for key, value in change.items())
+        options = {**short, **seen, **change}
+        runs.append(Run("options", f"short-{name}", "pretrain", scale.vit, options, changed=told))
     runs.append(Run("swin", "swin", "pretrain", scale.swin, seen))
     for name, untrained in (("pretrained", False), ("untrained", True)):
         options = {"untrained": untrained, **scale.probe}
         runs.append(Run("swin", f"swin-probe-{name}", "linear_probe", scale.swin, options, "swin"))
     runs.append(Run("finetune", "scratch-longer", "finetune", scale.vit, {**longer, "seed": 0, **scratch}, "mae-0"))
     for name, untrained in (("pretrained", False), ("untrained", True)):
-        runs.append(Run("few_shot", f"few_shot-{name}", "few_shot", "", {"untrained": untrained}, "mae-0"))
-    if scale.all_labels:
+        options = {"untrained": untrained, "data.crop_pct": 1.0}
+        runs.append(Run("few_shot", f"few_shot-{name}", "few_shot", "", options, "mae-0"))
+    if scale.all_labels is not None:
         # github.com/IcarusWizard/MAE has 89.77 % after 2,000 epochs at patches of 2, and 74.13 % without pretraining.
         finer = {
             "encoder.args": "{patch_size: 2}",
@@ -149,6 +154,9 @@ def story(scale: Scale) -> list[Run]:
             seed = {"seed": int(init[-1]) if init != "patch2" else 0}
             runs.append(Run("all labels", f"all_labels-{init}", "finetune", scale.vit, seed, init))
             runs.append(Run("all labels", f"all_labels-scratch-{init}", "finetune", scale.vit, scratch | seed, init))
+        # As many images as pretraining and fine-tuning see together.
+        whole = scratch | {"epochs": 500, "optim.warmup_epochs": 20}
+        runs.append(Run("all labels", "all_labels-scratch-500_epochs", "finetune", scale.vit, whole, "mae-0"))
     return runs
 
 
@@ -176,7 +184,7 @@ def is_finished(name: str, folder: Path) -> bool:
 
 def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str]:
     """Runs what is not finished, `jobs` at a time, each with its share of the cores. Returns what failed and why."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
     ended = {run.name: Future() for run in runs}
 
     def one(run: Run) -> str | None:
@@ -211,14 +219,10 @@ def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str
 
 
 def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Path) -> None:
-    """Writes tables and commands of what is finished, and its losses as PNGs beside the page."""
+    """Writes tables and commands of what is finished, and its losses as PNGs beside the page; where it has run."""
     of = {name: [run for run in runs if run.group == name] for name in ("headline", "options", "probe", "finetune")}
     environment = json.loads((folder / "mae-0" / "environment.json").read_text())
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "timm", "accelerate"))
-    changed = {
-        run.name: ", ".join(f"`{key} {value}`" for key, value in run.options.items() if key in change) or "nothing"
-        for run, change in zip(of["options"], OPTIONS, strict=True)
-    }
     sizes = {run.name: run.options.get("batch_size", SCALES[scale].batch_size) for run in runs}
     for group, title in (("headline", "Pretraining with three seeds"), ("options", "One option changed at a time")):
         there = {run.name: folder / run.name for run in of[group] if is_finished(run.name, folder)}
@@ -233,13 +237,13 @@ def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Pat
 
 ## Pretrained, and not
 
-{headline(folder, SEEDS)}
+{headline(folder, SEEDS, SCALES[scale].probe.get("data.samples_per_class", 5000))}
 
 ![Loss of three seeds]({page.stem}_headline.png)
 
 ## What options change
 
-{options_table(folder, [(run.name, changed[run.name]) for run in of["options"]])}
+{options_table(folder, [(run.name, run.changed) for run in of["options"]])}
 
 ![Loss of every run that changes an option]({page.stem}_options.png)
 
@@ -253,7 +257,7 @@ def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Pat
 
 ## Commands
 
-{commands([(run.name, words(run, shards, Path("runs/cifar10"))) for run in runs], folder)}
+{commands([(run.name, words(run, shards, Path(f"runs/cifar10_{scale}"))) for run in runs], folder)}
 """
     page.write_text(text)
 

@@ -35,11 +35,14 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def headline(folder: Path, seeds: Sequence[int]) -> str:
-    """Returns the table of the encoders pretrained with each seed beside those untrained or trained from scratch."""
+def headline(folder: Path, seeds: Sequence[int], labels: int) -> str:
+    """Returns the table of the encoders pretrained with each seed beside those untrained or trained from scratch.
+
+    `labels` is how many of each class the probes have.
+    """
     figures = {  # what is measured: (runs with, runs without, figure in result.json)
-        "linear probe, 1,000 labels a class": ("probe-pretrained", "probe-untrained", "linear_top1"),
-        "k-NN (k = 20, average), 1,000 labels a class": ("probe-pretrained", "probe-untrained", "knn_top1"),
+        f"linear probe, {labels:,} labels a class": ("probe-pretrained", "probe-untrained", "linear_top1"),
+        f"k-NN (k = 20, average), {labels:,} labels a class": ("probe-pretrained", "probe-untrained", "knn_top1"),
         "fine-tuning, 300 labels a class": ("finetune", "scratch", "val_top1"),
         "fine-tuning, 5,000 labels a class": ("all_labels-mae", "all_labels-scratch-mae", "val_top1"),
     }

@@ -7,9 +7,11 @@ Every step draws one batch for all contestants, with the crops and masks of laun
 - `ours`: what launch/pretrain.py trains, with its optimizer.
 - `ViTMAE, our start and optimizer`: the same initial weights (written by quarterlight as a transformers folder), masks,
   groups of weight decay, betas and schedule. Its losses should be ours but for rounding.
-- `ViTMAE, its example's recipe`: a new ViTMAEForPreTraining with the paper's fixed sine-cosine positions and normal
-  mask and class tokens put in, trained as examples/pytorch/image-pretraining does by transformers' Trainer: AdamW with
-  betas 0.9 and 0.999, weight decay but for biases and norms, cosine with 5 % of warm-up. The peak rate is ours.
+- `ViTMAE, its example's recipe`: a new ViTMAEForPreTraining (normal weights of 0.02 instead of Xavier's, norms of eps
+  1e-12 instead of 1e-6) with the paper's fixed sine-cosine positions and normal mask and class tokens put in, trained
+  as examples/pytorch/image-pretraining does by transformers' Trainer: AdamW with betas 0.9 and 0.999, weight decay but
+  for biases and norms, gradients clipped to a norm of 1, cosine with 5 % of warm-up. The peak rate is `--base_lr`, as
+  for ours; the example's default is 1e-3.
 - `ViTMAE, its own start, our optimizer`: the same model under our optimizer: what of the difference is the start.
 - `ViTMAE as shipped`: the example's recipe with nothing put in: transformers 5 leaves positions and both tokens at
   zero, and the positions are frozen.
@@ -57,17 +59,18 @@ TITLES = {  # by the names that --contestants takes
     "ours": OURS,
     "same": SAME,
     "own_start": "ViTMAE, its own start, our optimizer",
-    "example": "ViTMAE, its example's recipe",
-    "shipped": "ViTMAE as shipped",
+    "example": "ViTMAE, its example's recipe at our rate",
+    "shipped": "ViTMAE as shipped, likewise",
 }
 
 
-class Contestant(NamedTuple):
-    """A model, its optimizer, and the rate of each step."""
+class Racer(NamedTuple):
+    """A model's loss, its optimizer, and the rate of each step."""
 
     loss: Callable[[Tensor, Batch], Tensor]  # of normalized images
     optimizer: torch.optim.Optimizer
     prepare: Callable[[int], None]  # sets the rate of a step
+    clip_grad: float | None = None
 
     def step(self, images: Tensor, batch: Batch, number: int, precision: str) -> float:
         self.prepare(number)
@@ -75,6 +78,9 @@ class Contestant(NamedTuple):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = self.loss(images, batch)
         loss.backward()
+        if self.clip_grad is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         self.optimizer.step()
         return loss.item()
 
@@ -144,14 +150,14 @@ def hf_loss(model: ViTMAEForPreTraining) -> Callable[[Tensor, Batch], Tensor]:
     return lambda images, batch: model(images, noise=batch.masking.ids_restore.float()).loss  # type: ignore[union-attr]
 
 
-def by_our_schedule(loss: Any, model: torch.nn.Module, given: argparse.Namespace) -> Contestant:
+def by_our_schedule(loss: Any, model: torch.nn.Module, given: argparse.Namespace) -> Racer:
     optim = OptimConfig(base_lr=given.base_lr, warmup_steps=given.steps // 10)
     optimizer = build_adamw(decay_groups(model, optim.weight_decay), optim)
     schedule = build_schedule(optim, total_steps=given.steps, samples=50_000, batch_size=given.batch_size)
-    return Contestant(loss, optimizer, lambda number: set_lr(optimizer, schedule.lr_at(number)))
+    return Racer(loss, optimizer, lambda number: set_lr(optimizer, schedule.lr_at(number)))
 
 
-def by_its_example(loss: Any, model: torch.nn.Module, given: argparse.Namespace) -> Contestant:
+def by_its_example(loss: Any, model: torch.nn.Module, given: argparse.Namespace) -> Racer:
     names = get_parameter_names(model, [torch.nn.LayerNorm], ["bias", "layernorm"])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -161,7 +167,7 @@ def by_its_example(loss: Any, model: torch.nn.Module, given: argparse.Namespace)
     peak_lr = given.base_lr * given.batch_size / 256
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.999), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * given.steps), given.steps)
-    return Contestant(loss, optimizer, lambda number: schedule.step() if number else None)
+    return Racer(loss, optimizer, lambda number: schedule.step() if number else None, clip_grad=1.0)
 
 
 def faster_attention(given: argparse.Namespace, images: Tensor, batch: Batch) -> str:
@@ -175,7 +181,7 @@ def faster_attention(given: argparse.Namespace, images: Tensor, batch: Batch) ->
     return min(seconds, key=seconds.__getitem__)
 
 
-def contestants(given: argparse.Namespace, attention: str) -> dict[str, Contestant]:
+def contestants(given: argparse.Namespace, attention: str) -> dict[str, Racer]:
     """Returns those that were asked for, by their titles; all that start alike are copies."""
     found = {}
     for name in given.contestants:

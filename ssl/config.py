@@ -155,7 +155,7 @@ class StageConfig(RunConfig):
     """What pretraining and fine-tuning share: a length, batches and records."""
 
     compile: bool = False
-    """torch.compile the model: worth its minutes on a GPU; on a CPU in long bf16 runs of small encoders (1.2 times)."""
+    """torch.compile the model: worth its minutes on a GPU; on a CPU, if at all, in long runs of small encoders."""
     batch_size: int = 256
     """Images in one optimizer step over all processes and accumulation steps."""
     micro_batch_size: int | None = None

@@ -104,9 +104,8 @@ class Studio:
             "neighbors": self._neighbors,
             "curves": self._curves,
         }
-        _ = (
-            self.needs_encoder and config.images and self.images
-        )  # a mistake in their name shows before anything is drawn
+        if self.needs_encoder and config.images:
+            _ = self.images  # a mistake in their name shows before anything is drawn
 
     def draw(self, name: PictureName) -> Picture:
         """Returns a picture. Raises CannotDraw, with the reason, where there is nothing to draw it of."""
