@@ -31,29 +31,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from contestants import autoencoder, hf_vit_mae
+from models import MASK_RATIO, Vit
 from timing import interleaved, measured_on
 from torch import Tensor
-from transformers import ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup
+from transformers import ViTMAEForPreTraining, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
 from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figure
 from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.augment import Normalize, random_crop
 from quarterlight.ssl.batches import Batch, Samples
-from quarterlight.ssl.config import DataConfig, DecoderConfig, OptimConfig
+from quarterlight.ssl.config import DataConfig, OptimConfig
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.loader import build_loader
-from quarterlight.ssl.mae import MaskedAutoencoder, build_autoencoder
+from quarterlight.ssl.mae import MaskedAutoencoder
 from quarterlight.ssl.optim import build_adamw, build_schedule, decay_groups, set_lr
 from quarterlight.ssl.order import ShuffledOrder
 from quarterlight.ssl.pos_embed import sincos_pos_embed
+from quarterlight.ssl.small_images import find_small_images
 from quarterlight.ssl.spans import Spans
 from quarterlight.ssl.spec import ModelSpec
 from quarterlight.ssl.write_transformers import hf_autoencoder, write_folder
 
-IMG_SIZE, PATCH, MASK_RATIO = 32, 4, 0.75
+IMG_SIZE, PATCH = 32, 4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
-WIDTH, HEADS = 192, 3
 OURS, SAME = "ours", "ViTMAE, our start and optimizer"
 TITLES = {  # by the names that --contestants takes
     "ours": OURS,
@@ -85,21 +87,20 @@ class Racer(NamedTuple):
         return loss.item()
 
 
-def decoder_config() -> DecoderConfig:
-    return DecoderConfig(embed_dim=128, depth=2, num_heads=4)
+def size_of(given: argparse.Namespace) -> Vit:
+    return Vit("vit_tiny_patch16_224", 192, given.depth, 3, patch=PATCH, side=IMG_SIZE, decoder=(128, 2, 4))
 
 
 def ours(given: argparse.Namespace) -> MaskedAutoencoder:
     torch.manual_seed(given.seed)
-    args = {"img_size": IMG_SIZE, "patch_size": PATCH, "depth": given.depth}
-    return build_autoencoder("vit_tiny_patch16_224", decoder=decoder_config(), **args)
+    return autoencoder(size_of(given)).model  # type: ignore[return-value]
 
 
-def as_vit_mae(autoencoder: MaskedAutoencoder, attention: str) -> ViTMAEForPreTraining:
+def as_vit_mae(network: MaskedAutoencoder, attention: str) -> ViTMAEForPreTraining:
     """Returns transformers' model with the weights of ours, by way of a folder as launch/export.py writes it."""
     spec = ModelSpec("vit_tiny_patch16_224", {"img_size": IMG_SIZE, "patch_size": PATCH}, MEAN, STD)
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), hf_autoencoder(autoencoder, MASK_RATIO), spec, 1.0)
+        write_folder(Path(folder), hf_autoencoder(network, MASK_RATIO), spec, 1.0)
         model = ViTMAEForPreTraining.from_pretrained(folder, attn_implementation=attention)
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table.requires_grad_(False)  # as a new model has them; transformers 5.24 loads them as trainable
@@ -107,36 +108,16 @@ def as_vit_mae(autoencoder: MaskedAutoencoder, attention: str) -> ViTMAEForPreTr
 
 
 def new_vit_mae(given: argparse.Namespace, attention: str) -> ViTMAEForPreTraining:
-    decoder = decoder_config()
     torch.manual_seed(given.seed)
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=WIDTH,
-            num_hidden_layers=given.depth,
-            num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH,
-            image_size=IMG_SIZE,
-            patch_size=PATCH,
-            decoder_hidden_size=decoder.embed_dim,
-            decoder_num_hidden_layers=decoder.depth,
-            decoder_num_attention_heads=decoder.num_heads,
-            decoder_intermediate_size=4 * decoder.embed_dim,
-            mask_ratio=MASK_RATIO,
-            norm_pix_loss=True,
-            attn_implementation=attention,
-        )
-    )
+    return hf_vit_mae(size_of(given), attention).model  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def put_positions_in(model: ViTMAEForPreTraining) -> None:
     """Gives a new model what the paper starts from: fixed sine-cosine positions, normal class and mask tokens."""
     grid = (IMG_SIZE // PATCH, IMG_SIZE // PATCH)
-    for table, width in (
-        (model.vit.embeddings.position_embeddings, WIDTH),
-        (model.decoder.decoder_pos_embed, decoder_config().embed_dim),
-    ):
-        table[0, 1:] = sincos_pos_embed(width, grid)
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        table[0, 1:] = sincos_pos_embed(table.shape[-1], grid)
     for token in (model.vit.embeddings.cls_token, model.decoder.mask_token):
         torch.nn.init.normal_(token, std=0.02)
 
@@ -207,7 +188,8 @@ def batches(given: argparse.Namespace) -> Iterator[Batch]:
     index = open_index(f"{given.shards}/train-*.tar")
     masks = ours(given).encoder.mask_sampler(MASK_RATIO)
     crop = random_crop(DataConfig(train="", crop_scale=(0.2, 1.0)), (IMG_SIZE, IMG_SIZE))
-    samples = Samples(index, ShuffledOrder(np.arange(len(index)), given.seed), crop, given.seed, masks=masks)
+    order, small = ShuffledOrder(np.arange(len(index)), given.seed), find_small_images(index, 3, given.out)
+    samples = Samples(index, order, crop, given.seed, masks=masks, small=small)
     size = given.batch_size
     spans = Spans(range(given.steps), batch_size=size, micro_batch_size=size, rank=0, world_size=1)
     return iter(build_loader(samples, spans, num_workers=1))

@@ -1,8 +1,10 @@
 """benchmarks/cifar10.py and compare_transformers.py: the commands are ones that launchers take, and do as is said."""
 
+import argparse
 import json
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import cifar10  # noqa: E402
+import compare_transformers  # noqa: E402
 from cifar10 import SCALES, carry_out, story, words, write_page  # noqa: E402
 
 CONFIGS = {
@@ -100,3 +103,20 @@ def test_the_same_start_and_optimizer_give_the_same_losses_as_transformers(tmp_p
     assert len({round(last[name], 4) for name in (ours, own_start, example, shipped)}) == 4
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == 32
+
+
+def test_its_batches_are_those_of_the_launcher(tmp_path):
+    write_tars(tmp_path / "shards", "train", 40, size=32)
+    write_tars(tmp_path / "shards", "val", 20, size=32)
+    options = cifar10.length(3) | {"batch_size": 16, "num_workers": 0, "record_samples": True}
+    options |= {"encoder.args": "{patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}", "precision": "no"}
+    run = cifar10.Run("", "run", "pretrain", "cifar10_vit_cpu", options)
+    assert carry_out([run], str(tmp_path / "shards"), tmp_path, 1) == []
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "samples-rank0.jsonl").read_text().splitlines()]
+    given = argparse.Namespace(shards=tmp_path / "shards", seed=0, batch_size=16, steps=3, depth=1, out=tmp_path)
+    seen = []
+    for step, batch in enumerate(compare_transformers.batches(given)):
+        for key, image, ids in zip(batch.keys, batch.images, batch.masking.ids_keep, strict=True):
+            pixels, mask = (zlib.crc32(x.numpy().tobytes()) for x in (image, ids))
+            seen.append((step, key, pixels, mask))
+    assert len(seen) == 48 and seen == [(x["step"], x["key"], x["pixels"], x["mask"]) for x in recorded]
