@@ -13,9 +13,10 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,9 +34,26 @@ from cifar10_page import (
 )
 from timing import cpu_name
 
+from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
+from quarterlight.finetune.probe_config import FewShotConfig
+from quarterlight.ssl.command import parse_config, run_command
+from quarterlight.ssl.config import PretrainConfig
+from quarterlight.ssl.errors import InputError, Stopped
+from quarterlight.ssl.index import open_index
+from quarterlight.ssl.parent import signal_at_parents_death
+from quarterlight.ssl.runs import open_run
+from quarterlight.ssl.signals import StopSignals
+
 ROOT = Path(__file__).parents[1]
 SEEDS = 0, 1, 2
 PLAIN = {None: "null", True: "true", False: "false"}
+POLL_S = 0.2
+CONFIGS: dict[str, Any] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "linear_probe": LinearProbeConfig,
+    "few_shot": FewShotConfig,
+}
 ONLY_AT_THE_END = 10**9  # steps between two looks at the features
 
 
@@ -177,92 +195,96 @@ def words(run: Run, shards: str, folder: Path) -> list[str]:
     return out
 
 
-def is_finished(name: str, folder: Path) -> bool:
-    """Returns whether a run has left its final figures."""
-    return result_of(folder, name) is not None
+def finished(run: Run, shards: str, folder: Path) -> bool:
+    """Returns whether a run has left its final figures. Raises InputError when they are those of other options."""
+    if result_of(folder, run.name) is None:
+        return False
+    open_run(parse_config(CONFIGS[run.command], None, words(run, shards, folder)[1:]))
+    return True
+
+
+def start(run: Run, shards: str, folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    """Starts a run, with its output behind what it said before in a file beside its folder."""
+    line = words(run, shards, folder)
+    print(f"$ python {shlex.join(line)}", flush=True)
+    with (folder / f"{run.name}.txt").open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *line],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+            preexec_fn=lambda: signal_at_parents_death(signal.SIGUSR1),  # it saves and ends when this command is killed
+        )
 
 
 def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str]:
-    """Runs what is not finished, `jobs` at a time, each with its share of the cores. Returns what failed and why."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
-    ended = {run.name: Future() for run in runs}
+    """Runs what is not finished, `jobs` at a time, each with its share of the cores. Returns what failed and why.
 
-    def one(run: Run) -> str | None:
-        try:
-            return start(run)
-        finally:
-            ended[run.name].set_result(None)
-
-    def start(run: Run) -> str | None:
-        if is_finished(run.name, folder):
-            return None
-        if run.init:
-            if run.init in ended:
-                ended[run.init].result()  # it stands before this one, so a thread has it in hand or is done with it
-            if not is_finished(run.init, folder):
-                return f"{run.name}: {run.init}, whose encoder it takes, is not there"
-        line = words(run, shards, folder)
-        print(f"$ python {shlex.join(line)}", flush=True)
-        with (folder / f"{run.name}.txt").open("w") as output:
-            process = subprocess.run(
-                [sys.executable, *line],
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
-                check=False,
-            )
-        return None if process.returncode == 0 else f"{run.name}: ended with {process.returncode}, see {output.name}"
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return [failure for failure in pool.map(one, runs) if failure]
+    Raises Stopped when a signal comes, behind the ends of what runs.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    waiting = [run for run in runs if not finished(run, shards, folder)]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failures: list[str] = []
+    with StopSignals() as signals:
+        told = False
+        while waiting or running:
+            if signals.received is not None and not told:
+                told, waiting = True, []
+                for process in running.values():
+                    process.send_signal(signal.SIGTERM)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if code := running.pop(name).returncode:
+                    log = folder / f"{name}.txt"
+                    said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+                    failures.append(f"{name} ended with {code} ({said.removeprefix('error: ')}): {log} has its output")
+            unfinished = {run.name for run in waiting} | set(running)
+            ready = [run for run in waiting if run.init not in unfinished]
+            for run in ready[: jobs - len(running)]:
+                waiting.remove(run)
+                if run.init and result_of(folder, run.init) is None:
+                    failures.append(f"{run.name} takes the encoder of {run.init}, which is not there")
+                else:
+                    running[run.name] = start(run, shards, folder, threads)
+            time.sleep(POLL_S)
+        if told:
+            print("stopped: the same command goes on", flush=True)
+            raise Stopped
+    return failures
 
 
 def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Path) -> None:
-    """Writes tables and commands of what is finished, and its losses as PNGs beside the page; where it has run."""
+    """Writes tables and commands of finished runs, and their losses as PNGs beside the page, where they have run."""
     of = {name: [run for run in runs if run.group == name] for name in ("headline", "options", "probe", "finetune")}
-    environment = json.loads((folder / "mae-0" / "environment.json").read_text())
-    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "timm", "accelerate"))
+    others = [run.name for run in runs if run.group not in of or run.name == "scratch-longer"]
     sizes = {run.name: run.options.get("batch_size", SCALES[scale].batch_size) for run in runs}
-    for group, title in (("headline", "Pretraining with three seeds"), ("options", "One option changed at a time")):
-        there = {run.name: folder / run.name for run in of[group] if is_finished(run.name, folder)}
-        draw_losses(page.with_name(f"{page.stem}_{group}.png"), title, there, sizes)
+    labels = SCALES[scale].probe.get("data.samples_per_class", 5000)
+    sections = {
+        "Pretrained, and not": (headline(folder, SEEDS, labels), "headline"),
+        "What options change": (options_table(folder, [(run.name, run.changed) for run in of["options"]]), "options"),
+        "Other runs": (others_table(folder, others), ""),
+        "Few labels, frozen encoder": (few_shot_table(folder, ["few_shot-pretrained", "few_shot-untrained"]), ""),
+    }
+    environment = json.loads((folder / runs[0].name / "environment.json").read_text())
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "timm", "accelerate"))
     device = environment["device"]
     hardware = f"{cpu_name()}, {environment['torch_threads']} thread(s) a run" if device.endswith("CPU") else device
-    text = f"""# CIFAR-10 from images to figures
-
-{date.today()} · {hardware} · {versions}
-
-50,000 images to train on, and 10,000 to report on.
-
-## Pretrained, and not
-
-{headline(folder, SEEDS, SCALES[scale].probe.get("data.samples_per_class", 5000))}
-
-![Loss of three seeds]({page.stem}_headline.png)
-
-## What options change
-
-{options_table(folder, [(run.name, run.changed) for run in of["options"]])}
-
-![Loss of every run that changes an option]({page.stem}_options.png)
-
-## Other runs
-
-{others_table(folder, [run.name for run in runs if run.group not in of or run.name == "scratch-longer"])}
-
-## Few labels, frozen encoder
-
-{few_shot_table(folder, ["few_shot-pretrained", "few_shot-untrained"])}
-
-## Commands
-
-{commands([(run.name, words(run, shards, Path(f"runs/cifar10_{scale}"))) for run in runs], folder)}
-"""
-    page.write_text(text)
+    text = f"# CIFAR-10 from images to figures\n\n{date.today()} · {hardware} · {versions}\n\n"
+    text += "50,000 images to train on, and 10,000 to report on.\n"
+    for title, (body, group) in sections.items():
+        if not body:
+            continue
+        text += f"\n## {title}\n\n{body}\n"
+        if group and of[group]:
+            picture = page.with_name(f"{page.stem}_{group}.png")
+            draw_losses(picture, title, {run.name: folder / run.name for run in of[group]}, sizes)
+            text += f"\n![Training loss over images]({picture.name})\n"
+    page.write_text(f"{text}\n## Commands\n\n{commands([words(run, shards, folder) for run in runs])}\n")
+    print(page, flush=True)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", default="shards/cifar10", help="folder of what launch/shards.py has made")
     parser.add_argument("--dir", type=Path, default=Path("runs/cifar10"), help="folder of the runs")
@@ -274,28 +296,37 @@ def main() -> None:
     parser.add_argument(
         "--curves", type=Path, help="write the losses of finished recipes for docs/curves, and run none"
     )
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(given: argparse.Namespace) -> None:
+    if given.jobs < 1:
+        raise InputError(f"--jobs {given.jobs}: give at least 1")
     runs = story(SCALES[given.scale])
     if given.only:
         runs = [run for run in runs if run.name.startswith(tuple(given.only))]
         if not runs:
-            sys.exit(f"error: no run's name begins with {' or '.join(given.only)}: --list shows them")
-    if given.page:
-        write_page(runs, given.scale, given.page, given.shards, given.dir)
-        return
-    if given.curves:
-        for run in runs:
-            if run.name in ("mae-0", "swin") and is_finished(run.name, given.dir):
-                write_reference(given.dir / run.name, given.curves / run.config)
-        return
+            raise InputError(f"--only: no run's name begins with {' or '.join(given.only)}: --list shows them")
     if given.list:
         for run in runs:
             print(f"python {shlex.join(words(run, given.shards, given.dir))}")
         return
+    if given.page or given.curves:
+        there = [run for run in runs if finished(run, given.shards, given.dir)]
+        if not there:
+            raise InputError(f"--dir {given.dir} holds no finished run of these")
+        print(f"{len(there)} of {len(runs)} runs are finished", flush=True)
+        if given.page:
+            write_page(there, given.scale, given.page, given.shards, given.dir)
+        for run in there:
+            if given.curves and run.name in ("mae-0", "swin"):
+                write_reference(given.dir / run.name, given.curves / run.config)
+        return
+    open_index(f"{given.shards}/train-*.tar")  # a mistake shows once, and not in every run
     given.dir.mkdir(parents=True, exist_ok=True)
     if failures := carry_out(runs, str(Path(given.shards).resolve()), given.dir.resolve(), given.jobs):
-        sys.exit("\n".join(f"error: {failure}" for failure in failures))
+        raise InputError("; ".join(failures))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(parse, main)

@@ -10,8 +10,6 @@ from typing import Any
 from quarterlight.finetune.pictures.curves import read_metrics
 from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figure
 
-Row = tuple[str, list[str]]  # a run's name, and its command without the interpreter
-
 
 def result_of(folder: Path, name: str) -> dict[str, Any] | None:
     """Returns the figures of a finished run, or None."""
@@ -23,7 +21,10 @@ def result_of(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in markdown, or nothing where it has no rows."""
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    if len(lines) == 1:
+        return ""
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
@@ -129,7 +130,6 @@ def write_reference(run_dir: Path, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def commands(rows: Iterable[Row], folder: Path) -> str:
-    """Returns the command of every finished run."""
-    lines = [f"python {shlex.join(line)}" for name, line in rows if result_of(folder, name)]
-    return "```sh\n" + "\n".join(lines) + "\n```"
+def commands(lines: Iterable[list[str]]) -> str:
+    """Returns command lines, given without the interpreter, in markdown."""
+    return "```sh\n" + "\n".join(f"python {shlex.join(line)}" for line in lines) + "\n```"
