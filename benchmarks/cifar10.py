@@ -312,7 +312,7 @@ def main(given: argparse.Namespace) -> None:
             print(f"python {shlex.join(words(run, given.shards, given.dir))}")
         return
     if given.page or given.curves:
-        there = [run for run in runs if finished(run, given.shards, given.dir)]
+        there = [run for run in runs if finished(run, given.shards, given.dir.resolve())]
         if not there:
             raise InputError(f"--dir {given.dir} holds no finished run of these")
         print(f"{len(there)} of {len(runs)} runs are finished", flush=True)

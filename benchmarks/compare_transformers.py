@@ -16,15 +16,15 @@ Every step draws one batch for all contestants, with the crops and masks of laun
 - `ViTMAE as shipped`: the example's recipe with nothing put in: transformers 5 leaves positions and both tokens at
   zero, and the positions are frozen.
 
-losses.jsonl in --out has every step; curves.png and summary.json are made of it, also after a kill by --summarize.
+losses.jsonl in --out has every step; curves.png, table.md and summary.json are made of it, also after a kill by
+--summarize.
 """
 
 import argparse
 import json
 import math
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -42,7 +42,9 @@ from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figu
 from quarterlight.ssl.attention import choose_attention
 from quarterlight.ssl.augment import Normalize, random_crop
 from quarterlight.ssl.batches import Batch, Samples
+from quarterlight.ssl.command import run_command
 from quarterlight.ssl.config import DataConfig, OptimConfig
+from quarterlight.ssl.errors import InputError
 from quarterlight.ssl.index import open_index
 from quarterlight.ssl.loader import build_loader
 from quarterlight.ssl.mae import MaskedAutoencoder
@@ -226,9 +228,41 @@ def race(given: argparse.Namespace) -> None:
                 batch = next(stream).to(torch.device(given.device))
 
 
-def summarize(out: Path) -> dict[str, Any]:
-    """Draws losses.jsonl as curves.png and returns what is to be said of it."""
-    lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+def records_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Returns the records of several folders as one: what ran apart, on the same batches, side by side."""
+    lines: list[dict[str, Any]] = []
+    for folder in folders:
+        file = folder / "losses.jsonl"
+        if not file.exists():
+            raise InputError(f"{folder} holds no losses.jsonl, so nothing has been compared there")
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = lines or [{"step": line["step"], "loss": {}, "seconds": {}} for line in found]
+        for line, more in zip(lines, found, strict=False):
+            for key in ("loss", "seconds"):
+                line[key] |= more[key]
+        lines = lines[: len(found)]
+    order = list(TITLES.values())
+    for line in lines:
+        for key in ("loss", "seconds"):
+            line[key] = dict(sorted(line[key].items(), key=lambda item: order.index(item[0])))
+    return lines
+
+
+def table_of(lines: list[dict[str, Any]]) -> str:
+    """Returns a line a contestant: means of up to 40 steps before eight steps, and the seconds of all its steps."""
+    ends = sorted({max(1, len(lines) * k // 8) for k in range(1, 9)})
+    text = ["| loss before step | " + " | ".join(map(str, ends)) + " | seconds |", "|---|" + "---|" * (len(ends) + 1)]
+    for name in lines[0]["loss"]:
+        means = [mean(line["loss"][name] for line in lines[max(0, end - 40) : end]) for end in ends]
+        seconds = sum(line["seconds"][name] for line in lines)
+        text.append(f"| {name} | " + " | ".join(f"{x:.4f}" for x in means) + f" | {seconds:.0f} |")
+    return "\n".join(text) + "\n"
+
+
+def summarize(folders: Sequence[Path]) -> dict[str, Any]:
+    """Draws losses.jsonl of the folders as curves.png, with a table, in the first; returns what is to be said of it."""
+    out, lines = folders[0], records_of(folders)
+    (out / "table.md").write_text(table_of(lines))
     facts = json.loads((out / "facts.json").read_text())
     names = list(lines[0]["loss"])
     last = lines[-max(2, len(lines) // 10) :]
@@ -239,6 +273,7 @@ def summarize(out: Path) -> dict[str, Any]:
             "last tenth, mean": mean(apart[-len(last) :]),
             "last tenth, standard error": stdev(apart[-len(last) :]) / math.sqrt(len(last)),
             "largest of the first 20 steps": max(map(abs, apart[:20])),
+            "largest": max(map(abs, apart)),
         }
     for name in names:
         found[name] = {
@@ -251,15 +286,17 @@ def summarize(out: Path) -> dict[str, Any]:
     picture = new_picture(
         "curves",
         "Training loss on the same batches, over images and over seconds",
-        "Means of 20 steps. All are trained side by side, step by step, in one process; the seconds are those "
-        "that each spent in its own steps.",
+        "Means of up to 20 steps. All see the same batches with the same masks; the seconds are those that each spent "
+        "in its own steps.",
         height=3.4,
     )
     axes = picture.figure.subplots(1, 2, sharey=True)
+    every = min(20, max(1, len(lines) // 10))
+    starts = range(0, len(lines) - every + 1, every)
     for i, name in enumerate(names):
-        loss = [np.mean([x["loss"][name] for x in lines[k : k + 20]]) for k in range(0, len(lines) - 19, 20)]
-        images = [(k + 20) * facts["batch_size"] / 1000 for k in range(0, len(lines) - 19, 20)]
-        seconds = np.cumsum([line["seconds"][name] for line in lines])[19::20]
+        loss = [np.mean([x["loss"][name] for x in lines[k : k + every]]) for k in starts]
+        images = [(k + every) * facts["batch_size"] / 1000 for k in starts]
+        seconds = np.cumsum([line["seconds"][name] for line in lines])[every - 1 :: every]
         for place, xs in zip(axes, (images, seconds), strict=True):
             dashes = "--" if name == SAME else "-"
             place.plot(xs, loss, label=name, color=COLORS[i], linestyle=dashes, linewidth=1.4)
@@ -274,7 +311,7 @@ def summarize(out: Path) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", default="shards/cifar10", help="folder of what launch/shards.py has made")
     parser.add_argument("--out", type=Path, required=True, help="folder for losses.jsonl, curves.png and summary.json")
@@ -287,18 +324,25 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
-    parser.add_argument("--summarize", action="store_true", help="train nothing: make picture and summary anew")
+    parser.add_argument("--summarize", action="store_true", help="train nothing: make picture, table and summary anew")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="other --out folders to --summarize with it")
     given = parser.parse_args()
     given.contestants = given.contestants.split(",")
+    return given
+
+
+def main(given: argparse.Namespace) -> None:
     if unknown := [name for name in given.contestants if name not in TITLES]:
-        sys.exit(f"error: --contestants {unknown[0]} is unknown: use some of {','.join(TITLES)}")
+        raise InputError(f"--contestants {unknown[0]} is unknown: use some of {','.join(TITLES)}")
+    if given.steps < 1 or given.batch_size < 1:
+        raise InputError(f"--steps {given.steps}, --batch_size {given.batch_size}: give at least 1 of either")
     torch.set_num_threads(given.threads)
     if not given.summarize:
+        if (given.out / "losses.jsonl").exists():
+            raise InputError(f"--out {given.out} holds a record: name another folder, or --summarize it")
         race(given)
-    elif not (given.out / "losses.jsonl").exists():
-        sys.exit(f"error: --out {given.out} holds no losses.jsonl: leave --summarize away")
-    print(json.dumps(summarize(given.out), indent=1))
+    print(json.dumps(summarize([given.out, *given.beside]), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(parse, main)
