@@ -283,6 +283,8 @@ def test_curves_of_runs_need_no_encoder(tmp_path):
     runs = [str(tmp_path / "mine"), str(tmp_path / "reference")]
     result = visualize(VisualizeConfig(runs=runs, pictures=["curves"], out=str(tmp_path / "look")))
     assert (tmp_path / "look" / "curves.png").is_file() and "encoder" not in result
+    with pytest.raises(InputError, match="there is no encoder: give --init"):
+        visualize(VisualizeConfig(runs=runs, pictures=["curves", "filters"], out=str(tmp_path / "look")))
 
 
 def test_curves_of_several_runs_share_a_plot(tmp_path):

@@ -88,6 +88,8 @@ class Studio:
         # the curves of runs can be drawn without any
         self.needs_encoder = list(config.pictures or ()) != ["curves"] or not config.runs
         if self.needs_encoder:
+            if config.init is None and config.encoder.name is None:
+                raise InputError("there is no encoder: give --init (only --pictures '[curves]' of --runs needs none)")
             print(self.subject.report, flush=True)
         self.how: dict[str, Callable[[], Picture]] = {
             "reconstructions": lambda: self._noted(draw_reconstructions(self.reconstruct)),
