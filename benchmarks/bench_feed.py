@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_loader import measured_on, open_shards, read_images, write_set
+from bench_loader import facts, open_shards, read_images, write_set
 from step import MEAN, STD, Arrival, Step
 
 from quarterlight.ssl.augment import Normalize, random_crop
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     given = parse()
-    found = measured_on(argparse.Namespace(workers=max(given.workers)))
+    found = facts(argparse.Namespace(workers=max(given.workers)))
     if given.device == "cuda":
         found["hardware"] = f"{torch.cuda.get_device_name()}, {found['hardware']}"
     print(f"{found['date']} · {found['hardware']} · {found['versions']}\n\n`{found['command']}`\n")

@@ -1,7 +1,7 @@
 """How fast does a GPU pretrain? ViTs and Swins, eager and compiled, beside transformers, from shards, and what is left.
 
-python benchmarks/bench_gpu.py                                   # everything, in about ten minutes: make bench_gpu
-python benchmarks/bench_gpu.py --resume                          # what was not reached, or failed
+python benchmarks/bench_gpu.py                                   # the most wanted rows, in ten minutes: make bench_gpu
+python benchmarks/bench_gpu.py --resume                          # the rest, and what failed: make bench_gpu_more
 python benchmarks/bench_gpu.py --models vit_base,swin_base       # less
 
 Measures row by row, the most wanted first, each in a process of its own, and writes the results file again after every
@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from bench_loader import read_images
+from flops import nominal_tflops
 from gpu_report import Figures, best, read, text, verdicts
 from gpu_rows import COMPILED, EAGER, GRAPHS, SIZES, VARIANTS, Row, run_row
 from models import MODELS, TOYS, Vit
@@ -34,6 +35,8 @@ NEXT = ("vit_large", "swin_tiny", "vit_small", "vit_huge")
 LAUNCH_BOUND = ("swin_base", "vit_small", "swin_tiny", *TOYS)  # where launching kernels may take the longest
 SHARDS_BATCH = 256  # at most, from shards
 WORKERS = 4, 8, 16
+UNSEARCHED = 256  # images a step of a variant that is not eager, at most, where no eager row has found a size
+PATIENCE = 2  # times as long a row that is compiled may take
 CONTESTANTS = "ours", "cross", "simmim", "hf", "shards"
 EVERYTHING = {"models": MODELS, "variants": VARIANTS, "contestants": CONTESTANTS}
 PACKAGES = "torch", "timm", "transformers", "accelerate", "triton"
@@ -80,9 +83,16 @@ def completed(row: Row, found: Figures) -> Row:
         size = found[Row("steps", row.model, row.contestant, variant).name]["batch_size"] if top else SHARDS_BATCH
         return replace(row, variant=variant, sizes=(min(size, SHARDS_BATCH),))
     if row.variant in (COMPILED, GRAPHS):
-        eager = found.get(replace(row, variant=EAGER).name, {})
-        return replace(row, sizes=(eager.get("batch_size", row.sizes[0]),))
+        # A search of its own would compile for every size.
+        if size := found.get(replace(row, variant=EAGER).name, {}).get("batch_size"):
+            return replace(row, sizes=(size,), sized_by="eager")
+        return replace(row, sizes=(max((n for n in row.sizes if n <= UNSEARCHED), default=row.sizes[0]),))
     return row
+
+
+def time_limit(row: Row, given: argparse.Namespace) -> float:
+    """Returns the seconds after which a row is given up."""
+    return given.row_timeout_s * (PATIENCE if row.variant in (COMPILED, GRAPHS) else 1)
 
 
 def measured(row: Row, given: argparse.Namespace, seconds: float) -> Iterator[dict[str, Any]]:
@@ -151,7 +161,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: to try the command")
     add("--models", default=",".join(name for name in MODELS if name not in TOYS), help="(default: %(default)s)")
-    add("--variants", default=",".join(VARIANTS), help="(default: %(default)s)")
+    add(
+        "--variants",
+        default=",".join(VARIANTS),
+        help="without eager, which searches for the batch size, the others take the largest of --batch_sizes up to "
+        f"{UNSEARCHED} (default: %(default)s)",
+    )
     add("--contestants", default=",".join(CONTESTANTS), help="(default: %(default)s)")
     add("--batch_sizes", help="images a step to try, instead of doubling while it pays: 64,128")
     add(
@@ -159,7 +174,12 @@ def parse() -> argparse.Namespace:
     )
     add("--rounds", type=int, help="steps that are timed, instead of --seconds")
     add("--minutes", type=float, default=9.5, help="after which no row is measured any more")
-    add("--row_timeout_s", type=float, default=180, help="after which a row is given up")
+    add(
+        "--row_timeout_s",
+        type=float,
+        default=180,
+        help=f"after which a row is given up; {PATIENCE} times as long where it is compiled",
+    )
     add("--images", type=Path, help="a tar of JPEGs or a folder of images, for shards")
     add("--photos", type=int, default=512, help="images in the shards")
     add("--workers", help="of the loader (default: 4,8,16, as far as there are CPUs)")
@@ -168,7 +188,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
     add("--peak_tflops", type=float, help="what the device can do, instead of the maker's nominal rate")
     add("--out", type=Path, help="the results file (default: benchmarks/results/gpu_YYYYMM.md)")
-    add("--resume", action="store_true", help="keep the figures of the results file and measure what it lacks")
+    add("--resume", action="store_true", help="keep the figures of the results file, measure what it lacks or failed")
     given = parser.parse_args()
     given.models = chosen("--models", given.models, list(MODELS))
     given.variants = chosen("--variants", given.variants, list(VARIANTS))
@@ -196,17 +216,28 @@ def parse() -> argparse.Namespace:
     return given
 
 
-def kept(path: Path) -> Figures:
-    """Returns what an earlier call measured to its end."""
-    everything = read(path)
-    whole = {name: x for name, x in everything.items() if "error" not in x}
-    return {name: x for name, x in whole.items() if name != "device" and f"rest of {name}" not in everything}
+def kept(path: Path, rows: list[Row], workers: Iterable[int]) -> Figures:
+    """Returns the figures of an earlier call, without all that belongs to those of the rows that it did not finish."""
+    found = read(path)
+    del found["device"]
+    for row in rows:
+        wanted = [row.name, *([f"profile of {row.name}"] if row.profiled else [])]
+        wanted += [f"{row.name} {n}" for n in workers] if row.kind == "shards" else []
+        own = [name for name in found if name in (*wanted, f"rest of {row.name}") or name.startswith(f"{row.name} ")]
+        if not found.keys() >= set(wanted) or any("error" in found[name] for name in own):
+            found = {name: x for name, x in found.items() if name not in own}
+    return found
+
+
+def filed(name: str, piece: dict[str, Any], found: Figures) -> str:
+    """Returns the name under which a piece is kept: what was measured of a row before it failed stays."""
+    return f"rest of {name}" if "error" in piece and name in found else name
 
 
 def start_on(row: Row, given: argparse.Namespace) -> dict[str, Any]:
     """Returns what the device is. Ends with a message where it does not work."""
     for given.start_method in START_METHODS:
-        (piece,) = measured(row, given, given.row_timeout_s)
+        piece, *_ = measured(row, given, given.row_timeout_s)  # its process may die behind it
         if "error" not in piece:
             return piece
     sys.exit(f"error: --device {given.device} does not work ({piece['error']}): try --device cpu")
@@ -222,14 +253,15 @@ def main() -> None:
         ran_on = read(given.out)["device"].get("device")
         if ran_on != found["device"].get("device"):
             sys.exit(f"error: --resume: {given.out} is of another device ({ran_on}): name another file by --out")
-        found |= kept(given.out)
+        found |= kept(given.out, rows, given.workers)
     print(said(device.name, found[device.name]), flush=True)
 
     def write() -> None:
         started = f"{date.today()} · {hardware(given, found)} · {versions_of(*PACKAGES)} · precision {given.precision}"
         heading = f"{started}\n\n`{command_line()}`"
         told = [row for row in everything if row in rows or row.name in found]
-        given.out.write_text(text(told, found, heading, given.peak_tflops, given.batch_sizes[0]))
+        peak = given.peak_tflops or nominal_tflops(found[device.name].get("device", ""), given.precision)
+        given.out.write_text(text(told, found, heading, peak, given.batch_sizes[0]))
 
     write()
     for row in rows:
@@ -239,9 +271,8 @@ def main() -> None:
             print("the time is over: --resume measures the rest", flush=True)
             break
         row = completed(row, found)
-        for piece in measured(row, given, min(left, given.row_timeout_s)):
-            name = piece.pop("name")
-            name = f"rest of {name}" if name in found else name  # what was measured before it failed stays
+        for piece in measured(row, given, min(left, time_limit(row, given))):
+            name = filed(piece.pop("name"), piece, found)
             found[name] = piece
             print(said(name, piece), flush=True)
             write()

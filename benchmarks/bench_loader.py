@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from timing import command_line, cpu_name, versions_of
 
 SEED = 0
 SUFFIXES = "jpg", "jpeg", "png", "webp"
@@ -299,15 +299,14 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measured_on(given: argparse.Namespace) -> dict[str, str]:
+def facts(given: argparse.Namespace) -> dict[str, str]:
     """Returns date, hardware, versions and command."""
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t: ")
     packages = "torch", "torchvision", "webdataset", "pillow", "simplejpeg", "numpy"
     return {
         "date": str(date.today()),
-        "hardware": f"{cpu or 'CPU'}, {len(os.sched_getaffinity(0))} CPUs, {given.workers} workers of one thread",
-        "versions": ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version(name)}" for name in packages)]),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "hardware": f"{cpu_name()}, {len(os.sched_getaffinity(0))} CPUs, {given.workers} workers of one thread",
+        "versions": f"Python {sys.version.split()[0]}, {versions_of(*packages)}",
+        "command": command_line(),
     }
 
 
@@ -365,7 +364,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    found = measured_on(given)
+    found = facts(given)
     print(f"# From shards to batches\n\n{found['date']} · {found['hardware']} · {found['versions']}\n")
     print(f"`{found['command']}`\n\n{LEGEND}\n", flush=True)
     sets: dict[str, tuple[Images, int, int]] = {}  # images, samples, size of crops

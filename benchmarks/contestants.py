@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from models import MASK_RATIO, MODELS, SIMMIM_MASK_RATIO, Model, Swin, Vit, decoder_config, num_units
@@ -26,9 +27,11 @@ def autoencoder(model: Model, mask_ratio: float = MASK_RATIO, **args: Any) -> Co
     """Returns our autoencoder, with `args` of `build_autoencoder`."""
     given = {"img_size": model.side, "decoder": decoder_config(model)} | model.timm_args | args
     network = build_autoencoder(model.timm_name, **given)
+    # Where mask tokens are encoded, the trainer does not lay out windows either.
+    sampler = network.encoder.mask_sampler(mask_ratio, encode_masked=network.mask_token is not None)
     return Contestant(
         network,
-        lambda batch, seed: network.encoder.sample_masking(batch, mask_ratio, seed=seed),
+        lambda batch, seed: sampler.sample(seed, np.arange(batch)),
         lambda images, masking: network(images, masking, only_scored=True).loss,
     )
 

@@ -12,9 +12,11 @@ from quarterlight.ssl.masking import num_keep
 NOMINAL_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L4": 121}
 
 
-def nominal_tflops(device_name: str) -> float | None:
-    """Returns the nominal dense bf16 rate of a device, or None where it is not known."""
+def nominal_tflops(device_name: str, precision: str = "bf16") -> float | None:
+    """Returns the nominal dense rate of a device in bf16, or None where it is not known, as in any other precision."""
     words = device_name.replace("-", " ").split()
+    if precision != "bf16" or "MIG" in words:  # a MIG device is a slice of the card that its name begins with
+        return None
     for name, tflops in NOMINAL_TFLOPS.items():
         if all(part in words for part in name.split()):
             return tflops

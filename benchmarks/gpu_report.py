@@ -5,18 +5,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flops import forward_flops, nominal_tflops
-from gpu_rows import VARIANTS, Row
+from flops import forward_flops
+from gpu_rows import UNSEARCHED, VARIANTS, Row
 from models import MODELS, Vit
 
 LEGEND = """\
 A step is the trainer's: uint8 images that are on the device, normalization, loss under autocast, backward pass, norm of
 the gradients, fused AdamW. Eager rows take the batch size with the most images/s (doubled from {smallest} while that
-pays), the others that of the eager row. `images/s`: from the median step. `MFU`: operations of matrix products by
-formula (`benchmarks/flops.py`) over the maker's nominal dense rate, {nominal}; `of matmul`: over the rate of one large
-product, {matmul} here. `ours`: images/s of ours over this row's, of the same model and variant. `peak`, `reserved`: GiB
-of the device's memory in use at most, and held by torch. `first step`: seconds, with compilation where there is any;
-kernels that an earlier run compiled are taken from its cache."""
+pays), the others that of the eager row, or without one a fixed size (`not searched`), which another may beat.
+`images/s`: from the median step. `MFU`: operations of matrix products by formula (`benchmarks/flops.py`) over the
+maker's nominal dense rate, {nominal}; `of matmul`: over the rate of one large product, {matmul} here. `ours`: images/s
+of ours over this row's, of the same model and variant. `peak`, `reserved`: GiB of the device's memory in use at most,
+and held by torch. `first step`: seconds, with compilation where there is any; kernels that an earlier run compiled are
+taken from its cache."""
 TARGETS = {"vit_base": 5500, "vit_large": 2800, "swin_base": 10000}  # images/s on an H200 in bf16
 SIMMIM_TARGET, SHARDS_TARGET = 3.5, 0.95
 LABELS = {
@@ -124,7 +125,8 @@ def steps_table(rows: list[Row], found: Figures, peak: float | None, matmul: flo
             f"{x['images_per_s']:.0f}",
             f"{ours / x['images_per_s']:.2f}" if ours else "",
         )
-        lines.append(cells(*start, x["batch_size"], *times, *shares, *memory, f"{x['first_step_s']:.1f}"))
+        batch = f"{x['batch_size']}{' (not searched)' if x['search'] == UNSEARCHED else ''}"
+        lines.append(cells(*start, batch, *times, *shares, *memory, f"{x['first_step_s']:.1f}"))
     return lines
 
 
@@ -174,8 +176,8 @@ def shortened(kernel: str) -> str:
 def text(rows: list[Row], found: Figures, heading: str, peak: float | None, smallest: int) -> str:
     """Returns the results file for what is there of the rows."""
     device = found.get("device", {})
-    peak, matmul = peak or nominal_tflops(device.get("device", "")), device.get("matmul_tflops")
-    nominal = f"{peak:g} TFLOP/s" if peak else "not known for this device"
+    matmul = device.get("matmul_tflops")
+    nominal = f"{peak:g} TFLOP/s" if peak else "not known for this device and precision"
     large = f"{matmul:.1f} TFLOP/s ({device['matmul_size']} a side)" if matmul else "not measured"
     lines = ["# Pretraining steps on one GPU", "", heading, "", "| asked for, on an H200 in bf16 | figure | verdict |"]
     lines += ["|---|---|---|", *(cells(*words) for words in verdicts(found)), ""]

@@ -29,6 +29,7 @@ EAGER, COMPILED, GRAPHS = VARIANTS = ("eager", "compiled", "cuda_graphs")
 MODES: dict[str, dict[str, Any]] = {COMPILED: {}, GRAPHS: {"mode": "reduce-overhead"}}
 SIZES = tuple(32 << i for i in range(8))  # images a step that are tried: 32 to 4096
 RISE = 1.02  # a larger batch must bring so much, or the search ends
+UNSEARCHED = "fixed"  # in a search's place, where no eager row has found a size
 SMALLER = 2  # times that a batch is halved which a variant does not fit
 WARMUP, FEWEST, MOST = 2, 3, 100  # steps that count for nothing, and that are timed
 DRAWN = 4  # batches of masks that take turns
@@ -41,7 +42,7 @@ KINDS = {  # of kernels: the first expression that matches a name says what it i
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitk|addmm|\bmm\b|bmm|matmul|linear|convolution",
     "optimizer, gradient norm": r"multi_tensor|adam|foreach|linalg_vector_norm",
     "copies and casts": r"copy|memcpy|memset|\bcat|catarray|fill|zero",
-    "norms, softmax, sums": r"norm|softmax|reduce|sum|mean",
+    "norms, softmax, sums": r"norm|gammabeta|softmax|reduce|sum|mean",
     "gather and scatter": r"index|gather|scatter",
     "elementwise": r"elementwise|gelu|\badd|\bmul|\bsub|\bdiv|\bpow",
 }
@@ -57,6 +58,7 @@ class Row:
     variant: str = ""
     sizes: tuple[int, ...] = SIZES  # images a step to choose from, smallest first; the first, where it is not eager
     profiled: bool = False
+    sized_by: str = UNSEARCHED  # where it is not eager
 
     @property
     def name(self) -> str:
@@ -86,15 +88,19 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Returns whether memory did not suffice; the driver, cuBLAS and the compiler have errors of their own for it."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "alloc_failed" in words
 
 
 def measure_device(row: Row, given: Namespace) -> Iterator[dict[str, Any]]:
-    """Yields what the device is and the rate of a large product of matrices."""
+    """Yields what the device is and the rate of a large product of matrices in the steps' precision."""
     device, is_cuda = torch.device(given.device), given.device == "cuda"
     n = 8192 if is_cuda else 512
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rates = [2 * n**3 / seconds / 1e12 for seconds in step_times(lambda i: a @ b, 1.0, given)]
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = step_times(lambda i: a @ b, 1.0, given, most=None)  # the clock takes a while to settle
+    rates = [2 * n**3 / seconds / 1e12 for seconds in times]
     found: dict[str, Any] = {"matmul_tflops": median(rates), "matmul_size": n}
     if is_cuda:
         facts = torch.cuda.get_device_properties(device)
@@ -107,10 +113,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def step_times(step: Callable[[int], object], seconds: float, given: Namespace) -> list[float]:
+def step_times(
+    step: Callable[[int], object], seconds: float, given: Namespace, *, most: int | None = MOST
+) -> list[float]:
     """Returns the seconds of each of several steps in a row, about `seconds` in all, behind those that warm up.
 
-    On a GPU by events, so that nothing waits for the device between steps.
+    They are `most` at most, unless that is None. On a GPU by events, so that nothing waits for the device between
+    steps.
     """
     device = torch.device(given.device)
     for i in range(WARMUP):
@@ -119,7 +128,8 @@ def step_times(step: Callable[[int], object], seconds: float, given: Namespace) 
         step(i)
         wait(device)
         took = time.perf_counter() - start
-    count = given.rounds or min(MOST, max(FEWEST, round(seconds / took)))
+    count = given.rounds or max(FEWEST, round(seconds / took))
+    count = min(most, count) if most and not given.rounds else count
     if device.type != "cuda":
         clock = [time.perf_counter()]
         for i in range(count):
@@ -176,7 +186,7 @@ def measure_steps(row: Row, given: Namespace) -> Iterator[dict[str, Any]]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     else:
-        size, end = row.sizes[0], "fixed"
+        size, end = row.sizes[0], row.sized_by
     result = None
     for _ in range(1 + SMALLER):
         if size and (result := timed(size, given.seconds)) is not None:

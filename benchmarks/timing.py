@@ -58,7 +58,7 @@ def command_line() -> str:
 def cpu_name() -> str:
     """Returns the processor, and which bf16 instructions it has."""
     cpu = Path("/proc/cpuinfo").read_text()
-    name = next(line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name"))
+    name = cpu.partition("model name")[2].partition("\n")[0].strip("\t: ") or "CPU"  # ARM's have no such line
     flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
     return f"{name} ({', '.join(flags) or 'no bf16 instructions'})"
 

@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from quarterlight.ssl.attention import choose_attention
 
 sys.path.append(str(ROOT / "benchmarks"))
+import bench_gpu  # noqa: E402
 import gpu_rows  # noqa: E402
-from bench_gpu import parse  # noqa: E402
+from bench_gpu import completed, filed, kept, parse, start_on, time_limit  # noqa: E402
 from contestants import builder  # noqa: E402
 from flops import forward_flops, nominal_tflops  # noqa: E402
-from gpu_report import shards_verdict  # noqa: E402
-from gpu_rows import Row, covered, kind_of, search  # noqa: E402
+from gpu_report import shards_verdict, text  # noqa: E402
+from gpu_rows import VARIANTS, Row, covered, is_out_of_memory, kind_of, search  # noqa: E402
 from models import MODELS  # noqa: E402
 from step import Step  # noqa: E402
 
@@ -120,6 +121,8 @@ def test_a_mistake_ends_the_command():
         ("vit_toy", "hf", 1.001),
         ("swin_tiny", "ours", 1.06),  # keys of other windows in a group, and empty slots
         ("swin_tiny", "simmim", 1.001),
+        ("swin_tiny", "hf", 1.001),
+        ("swin_tiny", "dense", 1.001),
     ],
 )
 def test_formulas_count_what_torch_counts(name, contestant, slack):
@@ -138,6 +141,7 @@ def test_peaks_are_those_of_the_device():
     assert {name: nominal_tflops(name) for name in names} == names
     assert nominal_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert nominal_tflops("NVIDIA L40S") is None and nominal_tflops("") is None
+    assert nominal_tflops("NVIDIA H200 MIG 1g.18gb") is None and nominal_tflops("NVIDIA H200", "no") is None
 
 
 def test_the_search_ends_where_memory_or_gain_does():
@@ -161,6 +165,8 @@ def test_time_without_kernels_counts_overlaps_once():
         "pytorch_flash::flash_fwd_kernel<...>": "attention",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(AttentionKernel)": "attention",
         "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>": "optimizer, gradient norm",
+        "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float>": "norms, softmax, sums",
+        "void at::native::(anonymous namespace)::cuComputePartGradGammaBeta<float>": "norms, softmax, sums",
         "void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>": "elementwise",
     }
     assert {name: kind_of(name) for name in kinds} == kinds
@@ -197,3 +203,108 @@ def test_memory_that_does_not_suffice_ends_the_search_and_halves_other_batches(m
     assert measured("compiled", 8)["batch_size"] == 2
     assert measured("compiled", 16) == {"error": "out of memory at 16 images"}
     assert measured("eager", 4, 8) == {"error": "out of memory at 4 images"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_does_not_suffice_has_many_errors(words):
+    assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(RuntimeError("an illegal memory access"))
+
+
+EAGER_VIT, SHARDS_VIT = "steps vit_base ours eager", "shards vit_base ours"
+STEPS = {"batch_size": 64, "step_s": 0.5, "images_per_s": 128.0, "first_step_s": 1.0, "search": "largest tried"}
+PROFILE = {"step_s": 0.5, "launches": 3, "kernel_s": 0.4, "gap_share": 0.2, "kinds": {}, "kernels": {}}
+FED = {"batch_size": 64, "images_per_s": 128.0, "file_kb": 9.0, "variant": "eager"}
+WORKER = {"workers": 16, "images_per_s": 100.0, "alone": 200.0}
+BROKEN = {"error": "not done within 180 s"}
+WHOLE = {
+    EAGER_VIT: STEPS,
+    f"profile of {EAGER_VIT}": PROFILE,
+    SHARDS_VIT: FED,
+    f"{SHARDS_VIT} 8": WORKER | {"workers": 8},
+    f"{SHARDS_VIT} 16": WORKER,
+    "steps vit_large ours eager": BROKEN,  # no row of this call
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "gone"),
+    [
+        ({}, ""),
+        ({f"rest of {SHARDS_VIT}": BROKEN}, SHARDS_VIT),
+        ({f"{SHARDS_VIT} 8": None}, SHARDS_VIT),
+        ({SHARDS_VIT: BROKEN}, SHARDS_VIT),
+        ({f"rest of {EAGER_VIT}": BROKEN}, EAGER_VIT),
+        ({f"profile of {EAGER_VIT}": BROKEN}, EAGER_VIT),
+        ({f"profile of {EAGER_VIT}": None}, EAGER_VIT),
+        ({EAGER_VIT: BROKEN}, EAGER_VIT),
+    ],
+)
+def test_of_a_row_that_was_not_finished_nothing_is_kept(changed, gone, tmp_path):
+    rows = [Row("steps", "vit_base", "ours", "eager", profiled=True), Row("shards", "vit_base", "ours")]
+    earlier = {name: x for name, x in (WHOLE | changed | {"device": {}}).items() if x is not None}
+    (tmp_path / "results.md").write_text(text(rows, earlier, "heading", None, 32))
+    found = kept(tmp_path / "results.md", rows, [8, 16])
+    assert found == {name: x for name, x in WHOLE.items() if not gone or gone not in name}
+
+
+def test_what_fails_behind_its_figures_is_told_beside_them():
+    rows = [Row("steps", "vit_base", "ours", "eager", profiled=True), Row("shards", "vit_base", "ours")]
+    found = {SHARDS_VIT: FED, f"{SHARDS_VIT} 16": WORKER}
+    assert filed(f"{SHARDS_VIT} 16", WORKER, found) == f"{SHARDS_VIT} 16"  # measured again, and no failure
+    assert filed(EAGER_VIT, BROKEN, found) == EAGER_VIT
+    found[filed(SHARDS_VIT, BROKEN, found)] = BROKEN
+    told = text(rows, found, "heading", None, 32)
+    assert f"Broken off: {SHARDS_VIT}: not done within 180 s" in told and "| by 16 workers | 100 |" in told
+
+
+def test_without_an_eager_row_others_take_a_fixed_size_and_the_results_say_so():
+    row = Row("steps", "vit_base", "ours", "compiled")
+    with_eager = completed(row, {EAGER_VIT: STEPS})
+    assert (with_eager.sizes, with_eager.sized_by) == ((64,), "eager")
+    for found in ({}, {EAGER_VIT: BROKEN}):
+        assert (completed(row, found).sizes, completed(row, found).sized_by) == ((256,), "fixed")
+    assert completed(Row("steps", "vit_base", "ours", "compiled", (512, 1024)), {}).sizes == (512,)
+    told = [text([row], {row.name: STEPS | {"search": by}}, "heading", None, 32) for by in ("eager", "fixed")]
+    assert "| compiled | 64 | " in told[0] and "| compiled | 64 (not searched) | " in told[1]
+
+
+def test_compiled_rows_have_more_time():
+    given = Namespace(row_timeout_s=180.0)
+    rows = [Row("device"), *(Row("steps", "vit_base", "ours", variant) for variant in VARIANTS)]
+    assert [time_limit(row, given) for row in rows] == [180, 180, 360, 360]
+
+
+def test_a_device_whose_process_dies_behind_its_figures_is_measured(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "measured", lambda *args: iter([{"matmul_tflops": 1.0}, BROKEN]))
+    assert start_on(Row("device"), Namespace(row_timeout_s=1.0, device="cpu")) == {"matmul_tflops": 1.0}
+
+
+def test_the_rate_of_the_device_is_timed_for_as_long_as_it_takes():
+    given = Namespace(device="cpu", rounds=None)
+    assert len(gpu_rows.step_times(lambda i: None, 0.05, given)) == gpu_rows.MOST
+    assert len(gpu_rows.step_times(lambda i: None, 0.05, given, most=None)) > gpu_rows.MOST
+
+
+def test_masks_are_laid_out_in_windows_where_the_trainer_does_it():
+    packed = {what: builder("swin_toy", what)().draw(2, 0).packing is not None for what in ("ours", "simmim")}
+    assert packed == {"ours": True, "simmim": False}
+
+
+def test_losses_of_several_gpus_must_agree(tmp_path):
+    compare = re.search(r"define COMPARE_LOSSES\n(.*?)\nendef", (ROOT / "Makefile").read_text(), re.DOTALL)[1]
+
+    def compared(*losses: float | None) -> int:
+        paths = [tmp_path / f"{i}.jsonl" for i in range(len(losses))]
+        for path, loss in zip(paths, losses, strict=True):
+            path.write_text("".join(json.dumps(line) + "\n" for line in ({"step": 20, "loss": loss}, {"step": 20})))
+        return subprocess.run([sys.executable, "-c", compare, *paths], capture_output=True).returncode
+
+    assert compared(0.5, 0.5004, 0.4996) == 0
+    assert compared(0.5, 0.5, 0.502) != 0 and compared(0.5, 0.5, None) != 0
