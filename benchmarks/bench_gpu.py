@@ -199,6 +199,9 @@ def parse() -> argparse.Namespace:
         if not all(word.isdecimal() and int(word) for word in numbers):
             sys.exit(f"error: --{option} {words} is no list of numbers: give it as 4,8,16")
         setattr(given, option, tuple(map(int, numbers)))
+    for option in ("seconds", "rounds", "minutes", "row_timeout_s", "photos", "threads", "peak_tflops"):
+        if (number := getattr(given, option)) is not None and number <= 0:
+            sys.exit(f"error: --{option} {number} must be above 0")
     given.batch_sizes = given.batch_sizes or SIZES
     cpus = len(os.sched_getaffinity(0))
     given.workers = given.workers or tuple(n for n in WORKERS if n <= cpus) or (cpus,)
@@ -240,7 +243,7 @@ def start_on(row: Row, given: argparse.Namespace) -> dict[str, Any]:
         piece, *_ = measured(row, given, given.row_timeout_s)  # its process may die behind it
         if "error" not in piece:
             return piece
-    sys.exit(f"error: --device {given.device} does not work ({piece['error']}): try --device cpu")
+    sys.exit(f"error: --device {given.device} does not work: {piece['error']}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,5 +196,8 @@ def text(rows: list[Row], found: Figures, heading: str, peak: float | None, smal
 
 
 def read(path: Path) -> Figures:
-    """Returns the figures of a results file."""
-    return json.loads(path.read_text().split("```json\n")[1].split("\n```")[0])
+    """Returns the figures of a results file. Ends with a message for another file."""
+    _, block, rest = path.read_text().partition("```json\n")
+    if not block:
+        sys.exit(f"error: {path} is no results file of bench_gpu.py: name another one by --out")
+    return json.loads(rest.split("\n```")[0])

@@ -96,6 +96,7 @@ def test_all_rows_are_written_with_verdicts_and_more_of_them_later(tmp_path):
         (["--device", "cpu", "--batch_sizes", "a"], "error: --batch_sizes a is no list of numbers: give it as 4,8,16"),
         (["--device", "cpu", "--images", "/none"], "error: --images /none does not exist: give a tar of JPEGs or a"),
         (["--device", "cpu", "--resume", "--out", "/none"], "error: --resume finds no /none: leave it away, or name"),
+        (["--device", "cpu", "--threads", "0"], "error: --threads 0 must be above 0"),
         (["--device", "cuda"], "error: --device cuda finds no GPU: run it where nvidia-smi lists one, or try it with"),
     ],
 )
