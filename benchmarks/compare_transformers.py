@@ -229,7 +229,7 @@ def race(given: argparse.Namespace) -> None:
 
 
 def records_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Returns the records of several folders as one: what ran apart, on the same batches, side by side."""
+    """Returns the records of several folders as one: losses on the same batches, and seconds of the first folder."""
     lines: list[dict[str, Any]] = []
     for folder in folders:
         file = folder / "losses.jsonl"
@@ -238,13 +238,12 @@ def records_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in file.read_text().splitlines()]
         lines = lines or [{"step": line["step"], "loss": {}, "seconds": {}} for line in found]
         for line, more in zip(lines, found, strict=False):
-            for key in ("loss", "seconds"):
-                line[key] |= more[key]
+            line["loss"] |= more["loss"]
+            line["seconds"] = line["seconds"] or more["seconds"]  # of those that ran side by side
         lines = lines[: len(found)]
     order = list(TITLES.values())
     for line in lines:
-        for key in ("loss", "seconds"):
-            line[key] = dict(sorted(line[key].items(), key=lambda item: order.index(item[0])))
+        line["loss"] = dict(sorted(line["loss"].items(), key=lambda item: order.index(item[0])))
     return lines
 
 
@@ -254,8 +253,8 @@ def table_of(lines: list[dict[str, Any]]) -> str:
     text = ["| loss before step | " + " | ".join(map(str, ends)) + " | seconds |", "|---|" + "---|" * (len(ends) + 1)]
     for name in lines[0]["loss"]:
         means = [mean(line["loss"][name] for line in lines[max(0, end - 40) : end]) for end in ends]
-        seconds = sum(line["seconds"][name] for line in lines)
-        text.append(f"| {name} | " + " | ".join(f"{x:.4f}" for x in means) + f" | {seconds:.0f} |")
+        seconds = f"{sum(line['seconds'][name] for line in lines):.0f}" if name in lines[0]["seconds"] else ""
+        text.append(f"| {name} | " + " | ".join(f"{x:.4f}" for x in means) + f" | {seconds} |")
     return "\n".join(text) + "\n"
 
 
@@ -276,18 +275,18 @@ def summarize(folders: Sequence[Path]) -> dict[str, Any]:
             "largest": max(map(abs, apart)),
         }
     for name in names:
-        found[name] = {
-            "loss": mean(line["loss"][name] for line in last),
-            "seconds": sum(line["seconds"][name] for line in lines),
-        }
-        if OURS in names:
+        found[name] = {"loss": mean(line["loss"][name] for line in last)}
+        if name not in lines[0]["seconds"]:
+            continue
+        found[name]["seconds"] = sum(line["seconds"][name] for line in lines)
+        if OURS in lines[0]["seconds"]:
             ratios = [line["seconds"][name] / line["seconds"][OURS] for line in lines]
             found[name]["step time / ours"] = median(ratios)
     picture = new_picture(
         "curves",
         "Training loss on the same batches, over images and over seconds",
-        "Means of up to 20 steps. All see the same batches with the same masks; the seconds are those that each spent "
-        "in its own steps.",
+        "Means of up to 20 steps. All see the same batches with the same masks; the seconds are those that each of "
+        "those trained side by side spent in its own steps.",
         height=3.4,
     )
     axes = picture.figure.subplots(1, 2, sharey=True)
@@ -296,8 +295,10 @@ def summarize(folders: Sequence[Path]) -> dict[str, Any]:
     for i, name in enumerate(names):
         loss = [np.mean([x["loss"][name] for x in lines[k : k + every]]) for k in starts]
         images = [(k + every) * facts["batch_size"] / 1000 for k in starts]
-        seconds = np.cumsum([line["seconds"][name] for line in lines])[every - 1 :: every]
-        for place, xs in zip(axes, (images, seconds), strict=True):
+        drawn = [(axes[0], images)]
+        if name in lines[0]["seconds"]:
+            drawn.append((axes[1], np.cumsum([line["seconds"][name] for line in lines])[every - 1 :: every]))
+        for place, xs in drawn:
             dashes = "--" if name == SAME else "-"
             place.plot(xs, loss, label=name, color=COLORS[i], linestyle=dashes, linewidth=1.4)
     for place, label in zip(axes, ("thousand images", "seconds"), strict=True):
