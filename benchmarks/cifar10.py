@@ -280,7 +280,11 @@ def write_page(runs: list[Run], scale: str, page: Path, shards: str, folder: Pat
             picture = page.with_name(f"{page.stem}_{group}.png")
             draw_losses(picture, title, {run.name: folder / run.name for run in of[group]}, sizes)
             text += f"\n![Training loss over images]({picture.name})\n"
-    page.write_text(f"{text}\n## Commands\n\n{commands([words(run, shards, folder) for run in runs])}\n")
+    text += f"\n## Commands\n\n{commands([words(run, shards, folder) for run in runs])}\n"
+    there = {run.name for run in runs}
+    if missing := [run.name for run in story(SCALES[scale]) if run.name not in there]:
+        text += f"\nNot run: {', '.join(f'`{name}`' for name in missing)}.\n"
+    page.write_text(text)
     print(page, flush=True)
 
 
