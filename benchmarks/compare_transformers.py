@@ -158,14 +158,14 @@ def faster_attention(given: argparse.Namespace, images: Tensor, batch: Batch) ->
     steps = {}
     for attention in ("eager", "sdpa"):
         model = new_vit_mae(given, attention).to(given.device).train()
-        contestant = by_its_example(hf_loss(model), model, given)
-        steps[attention] = lambda _, c=contestant: c.step(images, batch, 0, given.precision)
+        racer = by_its_example(hf_loss(model), model, given)
+        steps[attention] = lambda _, racer=racer: racer.step(images, batch, 0, given.precision)
     seconds = {name: median(taken) for name, taken in interleaved(steps, 5, given.device).items()}
     return min(seconds, key=seconds.__getitem__)
 
 
 def contestants(given: argparse.Namespace, attention: str) -> dict[str, Racer]:
-    """Returns those that were asked for, by their titles; all that start alike are copies."""
+    """Returns those that were asked for, by their titles; those that start alike do so by the seed."""
     found = {}
     for name in given.contestants:
         model: Any = ours(given)
@@ -335,8 +335,8 @@ def parse() -> argparse.Namespace:
 def main(given: argparse.Namespace) -> None:
     if unknown := [name for name in given.contestants if name not in TITLES]:
         raise InputError(f"--contestants {unknown[0]} is unknown: use some of {','.join(TITLES)}")
-    if given.steps < 1 or given.batch_size < 1:
-        raise InputError(f"--steps {given.steps}, --batch_size {given.batch_size}: give at least 1 of either")
+    if given.steps < 2 or given.batch_size < 1:
+        raise InputError(f"--steps {given.steps}, --batch_size {given.batch_size}: give at least 2 steps of an image")
     torch.set_num_threads(given.threads)
     if not given.summarize:
         if (given.out / "losses.jsonl").exists():
