@@ -198,7 +198,14 @@ def test_the_page_is_driven_and_nothing_leaves_the_machine(tmp_path):
     line = [*command("playground.py", {})[:2], "--init", str(run)]
     with (
         open_browser() as browser,
-        subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process,
+        subprocess.Popen(
+            line,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            # tests in the background of a shell ignore SIGINT, and so would what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process,
     ):
         try:
             assert process.stdout is not None
