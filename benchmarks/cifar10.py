@@ -29,13 +29,13 @@ from cifar10_page import (
     headline,
     options_table,
     others_table,
-    result_of,
     write_reference,
 )
 from timing import cpu_name
 
 from quarterlight.finetune.config import FinetuneConfig, LinearProbeConfig
 from quarterlight.finetune.probe_config import FewShotConfig
+from quarterlight.finetune.sub_runs import POLL_S, finished_result
 from quarterlight.ssl.command import parse_config, run_command
 from quarterlight.ssl.config import PretrainConfig
 from quarterlight.ssl.errors import InputError, Stopped
@@ -47,7 +47,6 @@ from quarterlight.ssl.signals import StopSignals
 ROOT = Path(__file__).parents[1]
 SEEDS = 0, 1, 2
 PLAIN = {None: "null", True: "true", False: "false"}
-POLL_S = 0.2
 CONFIGS: dict[str, Any] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
@@ -197,7 +196,7 @@ def words(run: Run, shards: str, folder: Path) -> list[str]:
 
 def finished(run: Run, shards: str, folder: Path) -> bool:
     """Returns whether a run has left its final figures. Raises InputError when they are those of other options."""
-    if result_of(folder, run.name) is None:
+    if finished_result(folder / run.name) is None:
         return False
     open_run(parse_config(CONFIGS[run.command], None, words(run, shards, folder)[1:]))
     return True
@@ -237,13 +236,13 @@ def carry_out(runs: list[Run], shards: str, folder: Path, jobs: int) -> list[str
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 if code := running.pop(name).returncode:
                     log = folder / f"{name}.txt"
-                    said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+                    said = log.read_text(errors="replace").strip().rpartition("\n")[2]  # of this start, not one before
                     failures.append(f"{name} ended with {code} ({said.removeprefix('error: ')}): {log} has its output")
             unfinished = {run.name for run in waiting} | set(running)
             ready = [run for run in waiting if run.init not in unfinished]
             for run in ready[: jobs - len(running)]:
                 waiting.remove(run)
-                if run.init and result_of(folder, run.init) is None:
+                if run.init and finished_result(folder / run.init) is None:
                     failures.append(f"{run.name} takes the encoder of {run.init}, which is not there")
                 else:
                     running[run.name] = start(run, shards, folder, threads)

@@ -5,19 +5,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from quarterlight.finetune.pictures.curves import read_metrics
 from quarterlight.finetune.pictures.figure import COLORS, new_picture, save_figure
-
-
-def result_of(folder: Path, name: str) -> dict[str, Any] | None:
-    """Returns the figures of a finished run, or None."""
-    try:
-        found = json.loads((folder / name / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if found.get("finished") else None
+from quarterlight.finetune.sub_runs import finished_result
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,7 +42,7 @@ def headline(folder: Path, seeds: Sequence[int], labels: int) -> str:
     for words, (with_it, without, key) in figures.items():
         found: list[list[float]] = []
         for prefix in (with_it, without):
-            results = [result_of(folder, f"{prefix}-{seed}") for seed in seeds]
+            results = [finished_result(folder / f"{prefix}-{seed}") for seed in seeds]
             values = [result[key] for result in results if result]
             found.append([v["avg_k20"] if isinstance(v, dict) else v for v in values])
         if not all(found):
@@ -65,7 +56,7 @@ def options_table(folder: Path, rows: Sequence[tuple[str, str]]) -> str:
     """Returns a line for every run that compares options, given as (name, what it changes)."""
     lines = []
     for name, changed in rows:
-        if found := result_of(folder, name):
+        if found := finished_result(folder / name):
             figures = [found[key] for key in ("probe_linear_avg", "probe_knn_avg")]
             lines.append([changed, f"{found['loss']:.4f}", *(f"{x:.2f}" for x in figures)])
     return table(["changed", "loss", "linear %", "k-NN %"], lines)
@@ -76,7 +67,7 @@ def others_table(folder: Path, names: Sequence[str]) -> str:
     figures = {"loss": ".4f", "linear_top1": ".2f", "val_top1": ".2f"}
     lines = []
     for name in names:
-        if (found := result_of(folder, name)) and set(found) & set(figures):
+        if (found := finished_result(folder / name)) and set(found) & set(figures):
             k_nn = f"{found['knn_top1']['avg_k20']:.2f}" if "knn_top1" in found else ""
             told = [format(found[key], form) if key in found else "" for key, form in figures.items()]
             lines.append([f"`{name}`", *told[:2], k_nn, told[2]])
@@ -87,7 +78,7 @@ def few_shot_table(folder: Path, names: Sequence[str]) -> str:
     """Returns accuracy by labels a class: mean and standard deviation over the draws, a line a run."""
     lines, shots = [], []
     for name in names:
-        if not (found := result_of(folder, name)):
+        if not (found := finished_result(folder / name)):
             continue
         scores: dict[int, list[float]] = {}
         for score in found["scores"]:
